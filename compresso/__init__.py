@@ -1,0 +1,3 @@
+"""Compress language models: quantize, prune and measure them."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Texts and token batches that calibration and evaluation run on."""

@@ -1,0 +1,204 @@
+"""Token batches to calibrate on and to evaluate on, with a hash and honest counts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compresso.calibration.text import documents
+from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import CheckpointError, ConfigError
+from compresso.models.tokenizer import Tokenizer
+from compresso.settings import CalibrationSettings
+
+TOKENS_PER_BATCH = 4096
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+LONGEST_DEFAULT = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences of one length, in batches, and what they were made from.
+
+    batches: token ids, each (batch, tokens) int64, on the CPU.
+    record:  what was asked for and what was used, for `compresso.json`.
+    """
+
+    batches: list[Tensor]
+    record: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A hash of the token ids and their arrangement."""
+        return str(self.record["hash"])
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
+
+
+def load_calibration(
+    settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
+) -> Calibration:
+    """Random crops of the dataset's training text, as GPTQ draws them; seeded.
+
+    Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
+    cannot be right for this model.
+    """
+    dataset, length = _resolve(settings.dataset, settings.length, source)
+    if dataset.endswith(".npy"):
+        sequences, available = _read_tokens(Path(dataset), settings.length), None
+        if len(sequences) < settings.samples:
+            raise CheckpointError(
+                f"`{dataset}` holds {len(sequences)} sequences, fewer than the"
+                f" {settings.samples} asked for",
+                hint=f"pass `--nsamples {len(sequences)}`",
+            )
+        sequences = sequences[: settings.samples]
+    else:
+        stream = _token_stream(dataset, source, held_out=False, trust=trust_remote_code)
+        available = len(stream)
+        _check_long_enough(available, length, dataset)
+        generator = torch.Generator().manual_seed(settings.seed)
+        starts = torch.randint(0, available - length + 1, (settings.samples,), generator=generator)
+        sequences = torch.stack([stream[start : start + length] for start in starts.tolist()])
+    record = {
+        "dataset": dataset,
+        "split": "calibration",
+        "seed": settings.seed,
+        "sequences_asked": settings.samples,
+    }
+    return _batched(sequences, settings.batch_size, record, available, source)
+
+
+def load_heldout(
+    settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
+) -> Calibration:
+    """Windows of the dataset's held-out text, end to end and in order, without the tail.
+
+    With fewer `samples` than windows, evenly spaced ones. `samples` may be larger than what the
+    text holds; the record says how many were used.
+
+    Raises as `load_calibration` does.
+    """
+    dataset, length = _resolve(settings.dataset, settings.length, source)
+    if dataset.endswith(".npy"):
+        windows, available = _read_tokens(Path(dataset), settings.length), None
+    else:
+        stream = _token_stream(dataset, source, held_out=True, trust=trust_remote_code)
+        available = len(stream)
+        _check_long_enough(available, length, dataset)
+        windows = stream[: available // length * length].reshape(-1, length)
+    used = min(settings.samples, len(windows))
+    spaced = torch.arange(used) * len(windows) // used
+    record = {"dataset": dataset, "split": "held out", "sequences_asked": settings.samples}
+    return _batched(windows[spaced], settings.batch_size, record, available, source)
+
+
+def model_length(config: dict[str, Any]) -> int:
+    """The longest sequence the model's positions allow, at most 2048."""
+    limits = [config[key] for key in LENGTH_KEYS if isinstance(config.get(key), int)]
+    return min([LONGEST_DEFAULT, *limits])
+
+
+def _resolve(dataset: str, length: int | None, source: Checkpoint) -> tuple[str, int]:
+    if dataset == "auto":
+        dataset = "stdlib" if _from_reference(source) else "wikitext2"
+    return dataset, length or model_length(source.config)
+
+
+def _from_reference(source: Checkpoint) -> bool:
+    """Whether the checkpoint is the bundled model or was made from it."""
+    bundled = (Path(__file__).parents[1] / "reference").resolve()
+    record, path = source.provenance, source.path.resolve()
+    while record:
+        path = Path(record["source"]["path"]).resolve()
+        record = record.get("parent") or {}
+    return path == bundled
+
+
+def _token_stream(dataset: str, source: Checkpoint, *, held_out: bool, trust: bool) -> Tensor:
+    """All documents as one run of token ids, an end token after each; (tokens,) int64.
+
+    The tokenizer's own start token is added once, before the first document.
+    """
+    tokenizer = Tokenizer.open(source, trust_remote_code=trust)
+    ids: list[int] = []
+    for number, text in enumerate(documents(dataset, held_out=held_out)):
+        if number and tokenizer.end is not None:
+            ids.append(tokenizer.end)
+        ids += tokenizer.encode(text, special=number == 0)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _read_tokens(path: Path, length: int | None) -> Tensor:
+    """Token ids from a .npy file: (sequences, tokens), or one run that `length` cuts."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{path}` cannot be read as an array: {error}") from error
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
+        raise CheckpointError(
+            f"`{path}` holds {array.dtype} of shape {array.shape}, not token ids",
+            hint="expected integers of shape (sequences, tokens)",
+        )
+    tokens = torch.from_numpy(array.astype(np.int64))
+    if tokens.ndim == 2 and length in (None, tokens.shape[1]):
+        return tokens
+    tokens = tokens.reshape(-1)
+    length = length or min(LONGEST_DEFAULT, len(tokens))
+    _check_long_enough(len(tokens), length, str(path))
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _check_long_enough(available: int, length: int, dataset: str) -> None:
+    if available == 0:
+        raise CheckpointError(f"dataset `{dataset}` is empty")
+    if available < length:
+        raise CheckpointError(
+            f"dataset `{dataset}` holds {available} tokens, fewer than one sequence of {length}",
+            hint="use a longer text, or a smaller `--seqlen`",
+        )
+
+
+def _batched(
+    sequences: Tensor,
+    batch_size: int | None,
+    record: dict[str, Any],
+    available: int | None,
+    source: Checkpoint,
+) -> Calibration:
+    vocabulary = source.config.get("vocab_size")
+    top = int(sequences.max())
+    if isinstance(vocabulary, int) and top >= vocabulary:
+        raise ConfigError(
+            f"dataset `{record['dataset']}` has token {top}, but the model's vocabulary ends at"
+            f" {vocabulary - 1}",
+            hint="the tokens were made with another tokenizer",
+        )
+    count, length = sequences.shape
+    digest = hashlib.sha256(repr(tuple(sequences.shape)).encode())
+    digest.update(sequences.numpy().tobytes())
+    record = {
+        **record,
+        "sequences_used": count,
+        "length": length,
+        "tokens_used": sequences.numel(),
+        "hash": digest.hexdigest(),
+    }
+    if available is not None:
+        record["tokens_available"] = available
+    size = batch_size or max(1, TOKENS_PER_BATCH // length)
+    return Calibration(list(_split(sequences, size)), record)
+
+
+def _split(sequences: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(sequences), size):
+        yield sequences[start : start + size].clone()

@@ -1,0 +1,110 @@
+"""Where a checkpoint comes from: the keys of finished work, and the record `compresso.json`.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compresso import __version__
+from compresso.errors import CheckpointError
+from compresso.recipe import Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from compresso.checkpoint.reader import Checkpoint
+
+RECORD = "compresso.json"
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A checkpoint in another's history.
+
+    name: `stage-method`, or `original` for the one no stage made.
+    path: where it was when it was read; it may be gone.
+    """
+
+    name: str
+    path: Path
+    key: str
+
+
+def step_key(step: Step, *, source: str, data: str | None, dtype: torch.dtype) -> str:
+    """A hash of all that decides a step's result: equal keys mean equal work.
+
+    source: the source checkpoint's key. data: the key of the token batches, if it reads any.
+    dtype:  the type it is computed in.
+
+    Gates are no part of it: they judge a result, and do not change it.
+    """
+    parts = {
+        "compresso": __version__,
+        "step": [step.stage, step.method, asdict(step.settings)],
+        "data": data,
+        "source": source,
+        "dtype": str(dtype),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def make_record(
+    step: Step, source: Checkpoint, *, key: str, data: dict[str, Any] | None, report: dict[str, Any]
+) -> dict[str, Any]:
+    """What `compresso.json` says about a result: all that is needed to make it again.
+
+    data: the record of the token batches. report: what the stage measured.
+    """
+    return {
+        "key": key,
+        "created": datetime.now(UTC).isoformat(),
+        "versions": {
+            "compresso": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        "step": step.to_json(),
+        "calibration": data,
+        "source": {"path": str(source.path.resolve()), "key": source.key},
+        "report": report,
+        "parent": source.provenance or None,
+    }
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The `compresso.json` of a directory; empty if it has none.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    path = directory / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"`{path}` is not a record of compresso's")
+    return record
+
+
+def lineage(source: Checkpoint) -> list[Ancestor]:
+    """The checkpoints `source` was made from, the original first and `source` itself last."""
+    found = []
+    record, path, key = source.provenance, source.path, source.key
+    while record:
+        step = record["step"]
+        found.append(Ancestor(f"{step['stage']}-{step['method']}", path, key))
+        path, key = Path(record["source"]["path"]), record["source"]["key"]
+        record = record.get("parent") or {}
+    found.append(Ancestor("original", path, key))
+    return found[::-1]

@@ -1,0 +1,159 @@
+"""Every stage and every method it can use, in one table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, TypeVar
+
+from compresso.errors import ConfigError
+from compresso.settings import (
+    AnalyzeSettings,
+    ContiguousSettings,
+    EvalSettings,
+    GptqSettings,
+    ManualSettings,
+    RtnSettings,
+    ShortGptSettings,
+    TailSettings,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do a stage.
+
+    settings:   its record.
+    code:       "module:function" of its formula.
+    follows:    paper or specification.
+    calibrated: whether it reads calibration text.
+    """
+
+    settings: type
+    code: str
+    follows: str
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that can be done to a checkpoint.
+
+    code:   "module:function".
+    takes:  the kind of weights it reads. leaves: the kind it writes, or None if it writes none.
+    methods: the first is the default.
+    """
+
+    code: str
+    takes: Literal["dense", "any"]
+    leaves: Literal["dense", "quantized"] | None
+    methods: dict[str, Method]
+
+
+STAGES = {
+    "analyze": Stage(
+        "compresso.stages.analyze:analyze",
+        takes="any",
+        leaves=None,
+        methods={
+            "similarity": Method(
+                AnalyzeSettings,
+                "compresso.kernels.similarity:angular_distance",
+                "arXiv:2403.03853, arXiv:2403.17887, arXiv:2406.15786",
+                calibrated=True,
+            ),
+        },
+    ),
+    "prune": Stage(
+        "compresso.stages.prune:prune",
+        takes="dense",
+        leaves="dense",
+        methods={
+            "shortgpt": Method(
+                ShortGptSettings,
+                "compresso.kernels.selection:lowest",
+                "arXiv:2403.03853",
+                calibrated=True,
+            ),
+            "contiguous": Method(
+                ContiguousSettings,
+                "compresso.kernels.selection:closest_run",
+                "arXiv:2403.17887",
+                calibrated=True,
+            ),
+            "tail": Method(
+                TailSettings,
+                "compresso.kernels.selection:tail",
+                "arXiv:2403.17887, simple variant",
+                calibrated=False,
+            ),
+            "manual": Method(
+                ManualSettings,
+                "compresso.kernels.selection:named",
+                "the user's choice",
+                calibrated=False,
+            ),
+        },
+    ),
+    "quantize": Stage(
+        "compresso.stages.quantize:quantize",
+        takes="dense",
+        leaves="quantized",
+        methods={
+            "gptq": Method(
+                GptqSettings,
+                "compresso.kernels.gptq:quantize",
+                "arXiv:2210.17323",
+                calibrated=True,
+            ),
+            "rtn": Method(
+                RtnSettings,
+                "compresso.kernels.grid:quantize",
+                "nearest level",
+                calibrated=False,
+            ),
+        },
+    ),
+    "eval": Stage(
+        "compresso.stages.evaluate:evaluate",
+        takes="any",
+        leaves=None,
+        methods={
+            "standard": Method(
+                EvalSettings,
+                "compresso.kernels.divergence:token_scores",
+                "arXiv:2210.17323 (perplexity), llama.cpp (KL, same top token)",
+                calibrated=False,
+            ),
+        },
+    ),
+}
+
+
+def stage(name: str, *, where: str = "") -> Stage:
+    """Raises ConfigError, with the nearest name, if there is none."""
+    return _find("stage", name, STAGES, where)
+
+
+def method(stage_name: str, name: str, *, where: str = "") -> Method:
+    """Raises ConfigError, with the nearest name, if there is none."""
+    return _find(f"{stage_name} method", name, stage(stage_name).methods, where)
+
+
+def load(code: str) -> Callable[..., Any]:
+    """Import the function a table entry points to."""
+    module, _, function = code.partition(":")
+    return getattr(import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _find(kind: str, name: str, table: dict[str, T], where: str) -> T:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(table)}"
+    place = f"{where}: " if where else ""
+    raise ConfigError(f"{place}unknown {kind} `{name}`", hint=hint)

@@ -1,0 +1,221 @@
+"""The settings of every stage and method. Imports no torch, so recipes check fast."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from compresso.config import checked, limit, settings
+
+Dataset = Annotated[
+    str,
+    limit(
+        description="Text to read: `stdlib`, `wikitext2`, `c4`, a local .txt, .jsonl or .parquet"
+        " file or directory, a .npy of token ids, or a hub dataset. `auto`: `stdlib` for the"
+        " bundled model, else `wikitext2`."
+    ),
+]
+Samples = Annotated[int, limit(ge=1, description="Sequences to read.")]
+Length = Annotated[
+    int | None,
+    limit(ge=8, description="Tokens per sequence; the smaller of 2048 and the model's limit."),
+]
+Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
+
+
+@settings
+class CalibrationSettings:
+    """Where the calibration tokens come from."""
+
+    dataset: Dataset = "auto"
+    samples: Samples = 128
+    length: Length = None
+    seed: Seed = 0
+    batch_size: Annotated[
+        int | None, limit(ge=1, description="Sequences run at once; about 4096 tokens' worth.")
+    ] = None
+
+
+@settings
+class RuntimeSettings:
+    """Where and how to compute. Changes the speed, and results only through rounding."""
+
+    device: Annotated[str, limit(description="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        limit(description="Type blocks are run in; `auto` is the fastest that is safe here."),
+    ] = "auto"
+    max_memory: Annotated[
+        str,
+        limit(description="Most memory for hidden states, such as `2GB`; more goes to disk."),
+    ] = "4GB"
+    trust_remote_code: Annotated[
+        bool, limit(description="Run model code that comes with the checkpoint.")
+    ] = False
+
+
+@settings
+class AnalyzeSettings:
+    """Measuring how much every block, and each half of it, changes the residual stream."""
+
+    tokens: Annotated[
+        Literal["all", "last"],
+        limit(description="Tokens the angular distance is averaged over; the paper uses `last`."),
+    ] = "all"
+
+
+def _one_of(**amounts: object) -> None:
+    given = [name for name, value in amounts.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give only one of {', '.join(f'`{name}`' for name in given)}")
+    if not given:
+        raise ValueError(f"give one of {', '.join(f'`{name}`' for name in amounts)}")
+
+
+Ratio = Annotated[
+    float | None,
+    limit(gt=0, lt=1, description="Share of all parameters to remove, as near as blocks allow."),
+]
+BlockCount = Annotated[int | None, limit(ge=1, description="Number of blocks to remove.")]
+
+
+@settings
+class ShortGptSettings:
+    """Dropping the blocks of lowest Block Influence, all at once."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class ContiguousSettings:
+    """Dropping the run of blocks whose input and output are closest in angle."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+    tokens: Annotated[
+        Literal["all", "last"],
+        limit(description="Tokens the angular distance is averaged over; the paper uses `last`."),
+    ] = "all"
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class TailSettings:
+    """Dropping the deepest blocks but the last. Needs no data."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class ManualSettings:
+    """Dropping the blocks that are named. Needs no data."""
+
+    drop: Annotated[list[int], limit(min_length=1, description="Blocks to remove, from 0.")]
+
+
+Bits = Annotated[Literal[2, 3, 4, 8], limit(description="Bits per code.")]
+GroupSize = Annotated[
+    int,
+    limit(ge=-1, description="Columns sharing one scale; a multiple of 8, or -1 for the row."),
+]
+Symmetric = Annotated[
+    bool, limit(description="Levels on both sides of zero, with no stored zero point.")
+]
+Ignore = Annotated[
+    tuple[str, ...],
+    limit(description="Linears to keep as they are: names, or `re:` and a pattern."),
+]
+Search = Annotated[
+    Literal["mse", "minmax"],
+    limit(description="Fit scales to the least squared error, or to the extremes."),
+]
+Head = Annotated[bool, limit(description="Quantize the output head too.")]
+Pack = Annotated[
+    bool, limit(description="Store packed codes; otherwise the rounded weights, uncompressed.")
+]
+
+
+def _check_group_size(group_size: int) -> None:
+    if group_size != -1 and (group_size < 8 or group_size % 8):
+        raise ValueError(f"`group_size` must be -1 or a multiple of 8, not {group_size}")
+
+
+@settings
+class RtnSettings:
+    """Rounding every weight to its nearest level. Needs no data."""
+
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+    grid: Search = "mse"
+    ignore: Ignore = ()
+    lm_head: Head = False
+    pack: Pack = True
+
+    @checked
+    def _check(self) -> Self:
+        _check_group_size(self.group_size)
+        return self
+
+
+@settings
+class GptqSettings:
+    """Rounding columns one after another, each one's error moved to those after it."""
+
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+    grid: Search = "mse"
+    damping: Annotated[
+        float,
+        limit(gt=0, le=1, description="Fraction of the gram diagonal's mean added to it."),
+    ] = 0.01
+    act_order: Annotated[
+        bool, limit(description="Round the columns of largest input first; groups stay in place.")
+    ] = True
+    ignore: Ignore = ()
+    lm_head: Head = False
+    pack: Pack = True
+
+    @checked
+    def _check(self) -> Self:
+        _check_group_size(self.group_size)
+        return self
+
+
+@settings
+class EvalSettings:
+    """Measuring perplexity, distance from the original, speed and size."""
+
+    dataset: Dataset = "auto"
+    samples: Annotated[
+        int | None, limit(ge=1, description="Windows to read; all of the text if not given.")
+    ] = 128
+    length: Length = None
+    seed: Seed = 0
+    against: Annotated[
+        str | None,
+        limit(description="The original to compare with; else the recorded ancestor."),
+    ] = None
+    each: Annotated[
+        bool, limit(description="Also evaluate every checkpoint between the original and this.")
+    ] = False
+    speed: Annotated[bool, limit(description="Measure tokens per second and memory.")] = True
+    prompt: Annotated[
+        str | None, limit(description="Text to continue as a sample; else some of the dataset's.")
+    ] = None

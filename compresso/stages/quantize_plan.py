@@ -1,0 +1,106 @@
+"""Decide which linears a run quantizes, and refuse what cannot be, before any work starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from compresso.checkpoint.layout import Scheme
+from compresso.errors import ConfigError
+from compresso.models.adapter import ModelAdapter
+from compresso.settings import GptqSettings, RtnSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to quantize and how, decided for a whole run.
+
+    groups: the linears of each input group of a block that are quantized, by path in the block,
+            for every block.
+    kept:   full names of the linears that stay dense.
+    head:   whether the output head is quantized as well.
+    """
+
+    scheme: Scheme
+    groups: list[list[tuple[str, ...]]]
+    kept: list[str]
+    head: bool
+
+
+def make_plan(adapter: ModelAdapter, settings: RtnSettings | GptqSettings) -> Plan:
+    """Decide what is quantized, and refuse what cannot be.
+
+    Raises ConfigError if a linear's columns do not divide into groups, an `ignore` pattern
+    matches no linear, nothing is left, or the family's linears have no packed form.
+    """
+    if settings.pack and adapter.family.transposed:
+        raise ConfigError(
+            f"the linears of `{adapter.config.model_type}` are stored transposed, which the"
+            " packed layout cannot express",
+            hint="pass `--no-pack` to store the rounded weights dense",
+        )
+    unused = set(settings.ignore)
+    groups: list[list[tuple[str, ...]]] = []
+    kept: list[str] = []
+    for index in range(adapter.count):
+        prefix = adapter.module_prefix(index)
+        groups.append([])
+        for group in adapter.family.linears:
+            matches = {path: _matching(prefix + path, path, settings.ignore) for path in group}
+            unused -= {pattern for pattern in matches.values() if pattern}
+            kept += [prefix + path for path in group if matches[path]]
+            if chosen := tuple(path for path in group if not matches[path]):
+                groups[-1].append(chosen)
+                _check_columns(adapter, index, chosen, settings.group_size)
+    example = f"{adapter.module_prefix(0)}{adapter.family.linears[0][0]}"
+    if unused:
+        raise ConfigError(
+            f"`ignore` pattern `{sorted(unused)[0]}` matches no linear",
+            hint=f"a linear's name is like `{example}`",
+        )
+    if not any(groups) and not settings.lm_head:
+        raise ConfigError("`ignore` leaves no linear to quantize")
+    if settings.lm_head:
+        _check_head(adapter, settings.group_size)
+    else:
+        kept.append(adapter.family.head)
+    scheme = Scheme(settings.bits, settings.group_size, settings.symmetric)
+    return Plan(scheme, groups, kept, settings.lm_head)
+
+
+def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:
+    """The first pattern that names a linear by its full name, its path or its last word."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern.removeprefix("re:"), name):
+                return pattern
+        elif pattern in (name, path, path.rpartition(".")[2]):
+            return pattern
+    return None
+
+
+def _check_columns(
+    adapter: ModelAdapter, index: int, paths: tuple[str, ...], group_size: int
+) -> None:
+    for path in paths:
+        columns = adapter.weight(adapter.blocks[index], path).shape[1]
+        if group_size != -1 and columns % group_size:
+            raise ConfigError(
+                f"`{adapter.module_prefix(index)}{path}` has {columns} columns, which do not"
+                f" divide into groups of {group_size}",
+                hint="choose a `--group-size` that divides, -1 for whole rows, or `--ignore` it",
+            )
+
+
+def _check_head(adapter: ModelAdapter, group_size: int) -> None:
+    if adapter.tied:
+        raise ConfigError(
+            "the output head shares its weights with the embedding, which stays dense",
+            hint="leave out `--lm-head`",
+        )
+    columns = adapter.model.get_output_embeddings().weight.shape[1]
+    if group_size != -1 and columns % group_size:
+        raise ConfigError(
+            f"`{adapter.family.head}` has {columns} columns, which do not divide into groups of"
+            f" {group_size}"
+        )
