@@ -1,0 +1,233 @@
+"""Proof that a checkpoint is what it was in memory: reload it from its path alone and compare."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from compresso.errors import GateError, ResourceError
+
+# Largest difference allowed, as a share of the largest logit. What the type's rounding can add up
+# to over the blocks; a wrong weight or a shifted block is far above it.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TOP = 8  # logits recorded per position
+PROMPT = 64  # most tokens continued; without a cache, every one is run again for each new one
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a model says about some tokens.
+
+    tokens: (1, T) int64. logits: (1, T, V) float32; -inf where they were not recorded.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the tokens and, of each position, the 8 highest logits."""
+        top = self.logits[0].topk(min(TOP, self.logits.shape[-1]))
+        return {
+            "tokens": self.tokens[0].tolist(),
+            "vocabulary": self.logits.shape[-1],
+            "top_tokens": top.indices.tolist(),
+            "top_logits": [[round(value, 5) for value in row] for row in top.values.tolist()],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`, but for the logits that it leaves out."""
+        tokens = torch.tensor(values["tokens"])
+        logits = torch.full((len(tokens), values["vocabulary"]), -torch.inf)
+        indices = torch.tensor(values["top_tokens"])
+        logits.scatter_(1, indices, torch.tensor(values["top_logits"]))
+        return cls(tokens[None], logits[None])
+
+
+@dataclass(frozen=True)
+class ProofReport:
+    """What the comparison of a reloaded checkpoint found.
+
+    difference: largest absolute difference of a logit. tolerance: the largest allowed.
+    top_agreement: share of positions with the same most likely token.
+    cache_difference: largest absolute difference of a logit generated with and without a cache.
+    generated: tokens generated both ways before a near-tie, if any, ended the comparison.
+    """
+
+    difference: float
+    tolerance: float
+    top_agreement: float
+    cache_difference: float
+    generated: int
+
+
+def prove(
+    path: Path,
+    fingerprint: Fingerprint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    carried: Collection[str] = (),
+) -> ProofReport:
+    """Reload a checkpoint with plain transformers and compare it with the model in memory.
+
+    The whole model is in memory while it lasts, in `dtype`.
+
+    path:        the checkpoint's directory.
+    fingerprint: what the model in memory said. Not modified.
+    dtype:       type the model in memory computed in; the reloaded weights are cast to it.
+    carried:     stored tensors that no module takes, and that the source had as well.
+
+    Raises GateError if it does not load, a tensor is missing, left over or of the wrong shape, a
+    logit differs by more than the type's tolerance, or generating with a cache differs from
+    generating without; ResourceError if transformers needs a package that is not installed.
+    """
+    with _quiet(), _blaming(path), torch.no_grad():
+        model = _reload(path, carried, trust_remote_code=trust_remote_code)
+        for parameter in model.parameters():  # not the buffers: rotary tables stay float32
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        model.to(device).eval()
+        tokens = fingerprint.tokens.to(device)
+        logits = model(input_ids=tokens).logits.float().cpu()
+        difference, limit = _compare(path, logits, fingerprint.logits.cpu(), dtype)
+        agree = logits.argmax(-1) == fingerprint.logits.cpu().argmax(-1)
+        generated, cache_difference = _generate(path, model, tokens, dtype)
+    return ProofReport(
+        difference=difference,
+        tolerance=limit,
+        top_agreement=float(agree.float().mean()),
+        cache_difference=cache_difference,
+        generated=generated,
+    )
+
+
+def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    model, info = loaded
+    problems = {
+        "missing": info["missing_keys"],
+        "left over": set(info["unexpected_keys"]) - set(carried),
+        "of the wrong shape": {mismatch[0] for mismatch in info["mismatched_keys"]},
+    }
+    for what, names in problems.items():
+        if names:
+            raise GateError(
+                f"`{path}` does not load as it is: {len(names)} tensors are {what}, "
+                f"first `{min(names)}`"
+            )
+    return model
+
+
+def _compare(
+    path: Path, logits: Tensor, expected: Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The largest difference of a logit, and the limit that it is within."""
+    if logits.shape != expected.shape:
+        raise GateError(
+            f"`{path}` gives logits of shape {tuple(logits.shape)}, not {tuple(expected.shape)}"
+        )
+    recorded = expected != -torch.inf
+    difference = float((logits - expected)[recorded].abs().max())
+    limit = TOLERANCE[dtype] * max(1.0, float(expected[recorded].abs().max()))
+    if not difference <= limit:  # so that NaN fails
+        raise GateError(
+            f"`{path}` is not the model it was in memory: logits differ by up to {difference:.3g} "
+            f"(limit {limit:.3g})"
+        )
+    return difference, limit
+
+
+def _generate(path: Path, model: Any, tokens: Tensor, dtype: torch.dtype) -> tuple[int, float]:
+    """Continue the tokens greedily with and without a cache.
+
+    Returns how many tokens could be compared and the largest difference of a logit. Where the
+    logits agree and the tokens do not, the two highest are nearly tied; the continuations differ
+    from there on, and are compared up to there.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = (longest or PROMPT + NEW_TOKENS) - NEW_TOKENS
+    prompt = tokens[:, : max(1, min(PROMPT, room))]
+    cached, uncached = (_continue(model, prompt, use_cache=cache) for cache in (True, False))
+    worst = 0.0
+    for step in range(NEW_TOKENS):
+        one, other = cached.logits[step].float(), uncached.logits[step].float()
+        limit = TOLERANCE[dtype] * max(1.0, float(other.abs().max()))
+        difference = float((one - other).abs().max())
+        if not difference <= limit:
+            raise GateError(
+                f"`{path}` generates otherwise with a cache than without: at new token {step + 1} "
+                f"logits differ by up to {difference:.3g} (limit {limit:.3g})"
+            )
+        worst = max(worst, difference)
+        if one.argmax() != other.argmax():
+            return step, worst
+    return NEW_TOKENS, worst
+
+
+def _continue(model: Any, prompt: Tensor, *, use_cache: bool) -> Any:
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    # generate() fills gaps from the model's own, whose stop tokens would end the text early.
+    model.generation_config = settings
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, generation_config=settings, attention_mask=mask)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn whatever transformers raises on a bad checkpoint into an error that names it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ResourceError(
+            f"cannot reload `{path}`: {_first_line(error)}", hint="install the package it names"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"cannot reload `{path}`: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise GateError(f"`{path}` does not load and run: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars and warnings: the loading report is checked, not read."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

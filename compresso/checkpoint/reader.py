@@ -1,0 +1,242 @@
+"""Read a checkpoint: a directory in Hugging Face safetensors form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresso.checkpoint.directory import (
+    CONFIG,
+    RECORD,
+    TensorInfo,
+    carried_and_left_out,
+    open_shard,
+    read_infos,
+    read_json,
+)
+from compresso.checkpoint.hub import resolve
+from compresso.checkpoint.layout import Scheme, packed_names, schemes, unpack
+from compresso.errors import CheckpointError
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a local directory, a hub model or the bundled `reference`.
+
+    name:     a path, `org/name`, `org/name@revision` or `reference`.
+    revision: branch, tag or commit of a hub model.
+
+    Raises CheckpointError if there is none, or the hub cannot be reached.
+    """
+    return Checkpoint(resolve(name, revision=revision))
+
+
+class Checkpoint:
+    """A directory of safetensors shards that is never loaded as a whole.
+
+    `names`, `info` and `load` see the tensors as they are stored. `weight_names`, `weight_info`
+    and `load_weights` see a dense model: a packed linear appears as its `<path>.weight`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Check the directory and read the headers of its shards, but no weights.
+
+        Raises CheckpointError if it is not a whole checkpoint.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"no checkpoint directory `{path}`")
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"`{path}` holds a PEFT adapter", hint="merge it into its base model first"
+            )
+        self.path = path
+        self._infos = read_infos(path)
+        self.config: dict[str, Any] = read_json(path / CONFIG)
+        if not isinstance(self.config.get("model_type"), str):
+            raise CheckpointError(f"`{path / CONFIG}` has no `model_type`")
+
+    def names(self) -> list[str]:
+        """Names of the stored tensors, sorted."""
+        return list(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, type and place of a stored tensor. Raises CheckpointError if there is none."""
+        if name not in self._infos:
+            raise CheckpointError(f"`{self.path}` has no tensor `{name}`")
+        return self._infos[name]
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as they are stored, on the CPU, mapped from the files.
+
+        Raises CheckpointError if one is absent.
+        """
+        wanted = list(dict.fromkeys(names))
+        by_shard: dict[str, list[str]] = {}
+        for name in wanted:
+            by_shard.setdefault(self.info(name).shard, []).append(name)
+        loaded: dict[str, Tensor] = {}
+        for shard_name, stored in by_shard.items():
+            with open_shard(self.path / shard_name) as shard:
+                loaded.update({name: shard.get_tensor(name) for name in stored})
+        return {name: loaded[name] for name in wanted}
+
+    def weight_names(self) -> list[str]:
+        """Names of the dense model's tensors, sorted. Raises CheckpointError as load_weights."""
+        hidden = {name for path in self._linears for name in self._stored(f"{path}.weight")}
+        dense = [f"{path}.weight" for path in self._linears]
+        return sorted([name for name in self._infos if name not in hidden] + dense)
+
+    def weight_info(self, name: str) -> TensorInfo:
+        """Shape and type of a dense tensor; nbytes is what is stored for it, in all its parts."""
+        path = name.removesuffix(".weight")
+        if path not in self._linears or name == path:
+            return self.info(name)
+        stored = [self.info(part) for part in self._stored(name)]
+        return TensorInfo(
+            shape=self._linears[path][1],
+            dtype=self.dtype,
+            nbytes=sum(part.nbytes for part in stored),
+            shard=stored[0].shard,
+        )
+
+    def load_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named dense tensors, on the CPU: packed ones decoded to `dtype`, others as stored.
+
+        Raises CheckpointError if one is absent, is not float32, bfloat16 or float16, holds NaN
+        or infinity, or is stored in a quantized form that compresso cannot decode.
+        """
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            dtype = self.weight_info(name).dtype
+            if dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"`{name}` in `{self.path}` is stored as {_word(dtype)}",
+                    hint="weights must be float32, bfloat16 or float16",
+                )
+        stored = self.load(part for name in wanted for part in self._stored(name))
+        weights: dict[str, Tensor] = {}
+        for name in wanted:
+            parts = {part: stored.pop(part) for part in self._stored(name) if part in stored}
+            weight = parts[name] if name in parts else self._decode(name, parts)
+            if not _finite(weight):
+                raise CheckpointError(f"`{name}` in `{self.path}` holds NaN or infinity")
+            weights[name] = weight
+        return weights
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The model's floating type: the config's, else that of most weights."""
+        for holder in (self.config, self.config.get("text_config") or {}):
+            word = str(holder.get("dtype") or holder.get("torch_dtype")).removeprefix("torch.")
+            found = getattr(torch, word, None)
+            if found in WEIGHT_DTYPES:
+                return found
+        sizes: Counter[torch.dtype] = Counter()
+        for info in self._infos.values():
+            if info.dtype in WEIGHT_DTYPES:
+                sizes[info.dtype] += prod(info.shape)
+        if not sizes:
+            raise CheckpointError(f"`{self.path}` holds no float32, bfloat16 or float16 tensor")
+        return sizes.most_common(1)[0][0]
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether some linears are stored as codes that `load_weights` decodes."""
+        return any(name.endswith(".weight_packed") for name in self._infos)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How compresso made this checkpoint; empty if it did not."""
+        path = self.path / RECORD
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def key(self) -> str:
+        """Identifies the contents: the recorded key, else a SHA-256 of config and shards."""
+        recorded = self.provenance.get("key")
+        if isinstance(recorded, str):
+            return recorded
+        digest = hashlib.sha256()
+        for name in (CONFIG, *sorted({info.shard for info in self._infos.values()})):
+            with (self.path / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tensors: codes, scales and everything else."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all floating tensors of the dense model; a tied head is not counted."""
+        names = set(self.weight_names())
+        if self.config.get("tie_word_embeddings") and any(n.endswith(EMBEDDINGS) for n in names):
+            names -= {name for name in names if name.endswith(HEADS)}
+        infos = [self.weight_info(name) for name in names]
+        return sum(prod(info.shape) for info in infos if info.dtype.is_floating_point)
+
+    def side_files(self) -> dict[str, Path]:
+        """Every file to carry byte for byte, tokenizer and all: name within the directory -> file.
+
+        All but weights in any format and what every stage writes anew (config.json, the index,
+        compresso.json).
+        """
+        return carried_and_left_out(self.path)[0]
+
+    def left_out_files(self) -> list[str]:
+        """Files that hold weights but are not part of the checkpoint, such as other formats."""
+        return carried_and_left_out(self.path)[1]
+
+    @cached_property
+    def _linears(self) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+        """Path -> how it is packed, and the shape of its dense weight."""
+        paths = [
+            name.removesuffix(".weight_packed")
+            for name in self._infos
+            if name.endswith(".weight_packed")
+        ]
+        found = schemes(self.config, paths)
+        for path in paths:
+            for name in packed_names(path, found[path]):
+                self.info(name)
+        shapes = self.load(f"{path}.weight_shape" for path in paths)
+        linears: dict[str, tuple[Scheme, tuple[int, int]]] = {}
+        for path in paths:
+            rows, columns = shapes[f"{path}.weight_shape"].tolist()
+            linears[path] = (found[path], (rows, columns))
+        return linears
+
+    def _stored(self, name: str) -> list[str]:
+        path = name.removesuffix(".weight")
+        if path in self._linears and name != path:
+            return packed_names(path, self._linears[path][0])
+        return [name]
+
+    def _decode(self, name: str, parts: dict[str, Tensor]) -> Tensor:
+        path = name.removesuffix(".weight")
+        return unpack(path, parts, self._linears[path][0]).decode().to(self.dtype)
+
+
+def _finite(weight: Tensor) -> bool:
+    if weight.numel() == 0:
+        return True
+    low, high = torch.aminmax(weight)  # NaN survives both, and no mask is allocated
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,273 @@
+"""Write a checkpoint part by part, so that a killed run can continue.
+
+While it runs, everything is in `<target>.partial/`; `publish` renames that to `<target>`. A part
+is written under a temporary name, flushed to the disk and renamed, so it is there only when whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from compresso.checkpoint.directory import CONFIG, DTYPES, INDEX, RECORD, open_shard
+from compresso.errors import CheckpointError, ResourceError
+
+STAMP = "key"
+TEMPORARY = ".tmp"
+
+
+class CheckpointWriter:
+    """Parts are durable after `commit`; the checkpoint exists only after `publish`.
+
+    Only one process can work on a target at a time. Use it as a context manager, or call
+    `close`, to let go of the target before the process ends.
+    """
+
+    def __init__(self, target: Path, *, key: str, parts: int, fresh: bool = False) -> None:
+        """Start `target`, or continue what a run with the same key left.
+
+        key:   names the work being done; other work must not continue it.
+        parts: how many parts the checkpoint will have, at least 1.
+        fresh: throw away what an earlier run left.
+
+        Raises CheckpointError if `target` exists, another process is writing it, or different
+        work left its partial directory; ResourceError if nothing can be written there.
+        """
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        self._parts = parts
+        if os.path.lexists(target):
+            raise CheckpointError(
+                f"`{target}` already exists", hint="remove it, or give another `-o`"
+            )
+        with self._writing(self.partial):
+            existed = self.partial.is_dir() and any(self.partial.iterdir())
+            self.partial.mkdir(parents=True, exist_ok=True)
+            if existed and not (self.partial / STAMP).is_file():
+                raise CheckpointError(
+                    f"`{self.partial}` is not an unfinished checkpoint",
+                    hint="move it away, or give another `-o`",
+                )
+            self._stamp = self._lock()
+            self._begin(f"{key} {parts}\n", fresh=fresh)
+
+    def restore(self, part: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the report of a committed part, or None if it is not committed.
+
+        part: from 0. Raises CheckpointError if the part is damaged.
+        """
+        path = self._path(part)
+        if not path.exists():
+            return None
+        with open_shard(path, hint="pass `--fresh` to start over") as shard:
+            report = json.loads(shard.metadata()["report"])
+            names = shard.keys()
+            return {name: shard.get_tensor(name) for name in names}, report
+
+    def commit(self, part: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+        """Store a part durably.
+
+        part:    from 0. tensors: as they shall be stored, by their names in the checkpoint; may
+                 be views, share memory or be on any device. Not modified. report: plain values.
+
+        Raises ResourceError, and keeps the earlier parts, if the disk is full or read-only.
+        """
+        metadata = {"format": "pt", "report": json.dumps(report)}
+        path = self._path(part)
+        with self._replacing(path) as file:
+            write_safetensors(file, tensors, metadata)
+
+    def finalize(
+        self, *, config: dict[str, Any], side_files: dict[str, Path], expected: Iterable[str]
+    ) -> None:
+        """Add everything but the weights, once all parts are committed.
+
+        config:     becomes config.json. side_files: name within the checkpoint -> file to copy.
+        expected:   names of all tensors that the checkpoint must hold.
+
+        Raises CheckpointError if a tensor is missing, is there twice or is not expected.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for part in range(self._parts):
+            path = self._path(part)
+            if not path.exists():
+                raise CheckpointError(f"part {part + 1} of {self._parts} was not written")
+            with open_shard(path) as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+                    if name in weight_map:
+                        raise CheckpointError(
+                            f"`{name}` was written to both `{weight_map[name]}` and `{path.name}`"
+                        )
+                    weight_map[name] = path.name
+                    total += shard.get_tensor(name).nbytes
+        wanted = set(expected)
+        if missing := sorted(wanted - set(weight_map)):
+            raise CheckpointError(f"{len(missing)} tensors were not written, first `{missing[0]}`")
+        if extra := sorted(set(weight_map) - wanted):
+            raise CheckpointError(f"{len(extra)} tensors are not expected, first `{extra[0]}`")
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self._write_json(INDEX, index)
+        self._write_json(CONFIG, config)
+        for name, source in side_files.items():
+            path = self.partial / name
+            with self._writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with source.open("rb") as original, self._replacing(path) as file:
+                shutil.copyfileobj(original, file)
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write compresso.json: how the checkpoint was made."""
+        self._write_json(RECORD, record)
+
+    def publish(self) -> None:
+        """Rename the finished directory to `target`, in one step, and let go of it.
+
+        Raises CheckpointError if `target` came into being meanwhile.
+        """
+        with self._writing(self.target):
+            if os.path.lexists(self.target):
+                raise CheckpointError(f"`{self.target}` already exists")
+            os.rename(self.partial, self.target)
+            (self.target / STAMP).unlink()
+            _flush_directory(self.target.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Let another process continue; what was committed stays."""
+        self._stamp.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _path(self, part: int) -> Path:
+        if not 0 <= part < self._parts:
+            raise ValueError(f"part {part} of {self._parts}")
+        return self.partial / f"model-{part + 1:05d}-of-{self._parts:05d}.safetensors"
+
+    def _lock(self) -> BinaryIO:
+        stamp = (self.partial / STAMP).open("a+b")
+        try:
+            fcntl.lockf(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stamp.close()
+            raise CheckpointError(
+                f"another process is writing `{self.partial}`",
+                hint="wait for it to end, or give another `-o`",
+            ) from None
+        return stamp
+
+    def _begin(self, stamp: str, *, fresh: bool) -> None:
+        """Check or write the stamp, and clear all that an earlier run left but whole parts."""
+        self._stamp.seek(0)
+        found = self._stamp.read().decode()
+        if found and found != stamp and not fresh:
+            self._stamp.close()
+            raise CheckpointError(
+                f"`{self.partial}` was left by a different run",
+                hint="pass `--fresh` to throw it away, or give another `-o`",
+            )
+        kept = (
+            {STAMP} if fresh else {STAMP, *(self._path(part).name for part in range(self._parts))}
+        )
+        for entry in self.partial.iterdir():
+            if entry.name in kept:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if found != stamp:
+            self._stamp.truncate(0)
+            self._stamp.write(stamp.encode())
+            self._stamp.flush()
+            os.fsync(self._stamp.fileno())
+        _flush_directory(self.partial.parent)
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        with self._replacing(self.partial / name) as file:
+            file.write((json.dumps(values, indent=2) + "\n").encode())
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[BinaryIO]:
+        """A file that becomes `path`, flushed, if the body succeeds, and vanishes if not."""
+        temporary = path.with_name(path.name + TEMPORARY)
+        try:
+            with self._writing(path):
+                with temporary.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _flush_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write `{path}`: {error.strerror}",
+                hint=f"what is done is kept in `{self.partial}`: make room, or give access, and "
+                "run the same command again",
+            ) from error
+
+
+def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors in the safetensors format, to a file that is open.
+
+    tensors: on any device; views and shared memory are written out in full. Not modified.
+
+    Unlike the library's own writer, this lets the caller flush and name the file, keeps its
+    access rights, and fails with the OSError of the system. Source: the format's README,
+    github.com/huggingface/safetensors.
+    """
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    # Wide types first, as the library does it: every tensor is then aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in names:
+        end = start + tensors[name].nbytes
+        header[name] = {
+            "dtype": words[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _flush_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
