@@ -26,9 +26,7 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def python_files(
-    root: Path, *, held_out: bool, prefix: str = ""
-) -> Iterator[tuple[str, str]]:
+def python_files(root: Path, *, held_out: bool, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (prefix + relative path, text) of the Python files under `root`, sorted by name.
 
     Test directories are left out (they repeat themselves), as are empty files and files that

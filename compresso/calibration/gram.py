@@ -1,0 +1,59 @@
+"""The gram of a linear's input: the mean of x x^T over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Columns whose products with themselves and all later ones are taken at once. Half of a gram
+# follows from the other half; wide enough for full speed, narrow enough to leave most of it out.
+PANEL = 128
+
+
+class GramSum:
+    """A running sum of x x^T, kept above the diagonal only until the mean is taken."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        """columns: size of x."""
+        self._total = torch.zeros(columns, columns, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in tokens: (..., columns), in any floating type. Not modified."""
+        rows = inputs.reshape(-1, len(self._total))
+        with _products_of(rows.dtype):
+            rows = rows.float()
+            for start in range(0, len(self._total), PANEL):
+                panel = rows[:, start : start + PANEL].T
+                self._total[start : start + PANEL, start:].addmm_(panel, rows[:, start:])
+        self._tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        """The gram, (columns, columns) float32, exactly symmetric. Take it once, at the end."""
+        for start in range(0, len(self._total), PANEL):
+            end = start + PANEL
+            corner = self._total[start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            self._total[end:, start:end] = self._total[start:end, end:].T
+        return self._total.div_(self._tokens)
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let a CPU multiply float32 copies of bfloat16 numbers as the bfloat16 that they are.
+
+    The products and their float32 sum are exact either way, and oneDNN is twice as fast at it.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # None before torch 2.9
+    if dtype != torch.bfloat16 or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

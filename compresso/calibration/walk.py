@@ -1,0 +1,289 @@
+"""Walk a model block by block with only one block's weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compresso.calibration.gram import GramSum
+from compresso.calibration.recording import Recording, StandIn
+from compresso.calibration.states import States, Store, enter_blocks
+from compresso.checkpoint.reader import Checkpoint
+from compresso.models.adapter import ModelAdapter
+from compresso.models.substitution import replaced
+
+Sink = Callable[[Tensor], None]
+
+__all__ = ["LiveBlock", "Parts", "States", "enter_blocks", "head_gram", "never", "walk_blocks"]
+
+
+def never(index: int) -> dict[str, Tensor] | None:
+    """No block was finished earlier."""
+    return None
+
+
+def walk_blocks(
+    adapter: ModelAdapter,
+    source: Checkpoint,
+    states: States,
+    *,
+    restore: Callable[[int], dict[str, Tensor] | None] = never,
+    keep: Sequence[int] | None = None,
+    after: Callable[[LiveBlock], None] | None = None,
+) -> Iterator[LiveBlock]:
+    """Yield each block in order; run it once the caller asks for the next.
+
+    The caller may change the block's weights while it holds it, so every later block is
+    calibrated on the error already made. The weights are freed before the next block is loaded.
+
+    states:  what enters the first block; afterwards, what leaves the last.
+    restore: gives the finished dense tensors of a block, by name in the checkpoint, or None to
+             load it from `source`. A restored block needs no more work and is only run.
+    keep:    indices of the blocks to walk, for a model that has lost the others; None for all.
+    after:   called with each block when it has been run and its weights are still there.
+    """
+    for index in range(adapter.count) if keep is None else keep:
+        finished = restore(index)
+        adapter.load_block(index, source, finished)
+        block = LiveBlock(adapter, states, index, restored=finished is not None)
+        try:
+            yield block
+            block.finish()
+            if after is not None:
+                after(block)
+        finally:
+            adapter.unload_block(index)
+
+
+def head_gram(adapter: ModelAdapter, source: Checkpoint, states: States) -> Tensor:
+    """Mean of x x^T over the tokens reaching the head, (d, d) float32, after a whole walk."""
+    total = GramSum(states.width, adapter.device)
+    for batch in range(states.batches):
+        total.add(adapter.head_input(source, states[batch]))
+        states.release(batch)
+    return total.mean()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the two halves of a block did to one batch; every tensor is (B, T, d).
+
+    input:     the hidden states that entered.
+    attention: what attention added to them. mlp: what the MLP added.
+    output:    the hidden states that left.
+    parallel:  both halves read the input, rather than the MLP what attention left.
+    """
+
+    input: Tensor
+    attention: Tensor
+    mlp: Tensor
+    output: Tensor
+    parallel: bool
+
+    @property
+    def after_attention(self) -> Tensor:
+        """What attention made of `input`."""
+        return self.input + self.attention
+
+    @property
+    def before_mlp(self) -> Tensor:
+        """The residual stream that the MLP reads and adds to."""
+        return self.input if self.parallel else self.after_attention
+
+    @property
+    def after_mlp(self) -> Tensor:
+        """What the MLP made of `before_mlp`."""
+        return self.input + self.mlp if self.parallel else self.output
+
+
+class LiveBlock:
+    """A block with its weights loaded, and everything that will be fed to it.
+
+    index:    of the block in the model. module: the block, with real weights.
+    restored: its weights came from an earlier, interrupted run.
+
+    No part of the block is run twice on the same batch if memory allows: what reaches the last
+    linear of attention and of the MLP is recorded while its gram is taken, and played back from
+    then on.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, states: States, index: int, *, restored: bool
+    ) -> None:
+        self.index = index
+        self.module: nn.Module = adapter.blocks[index]
+        self.restored = restored
+        self._adapter = adapter
+        self._family = adapter.family
+        self._states = states
+        self._attention: Recording | None = None
+        self._mlp: Recording | None = None
+        self._batch = 0  # the one being run
+        self._left = 0  # how many batches of the states have left the block already
+        parallel = self._family.parallel
+        self._parallel = parallel is not None and bool(getattr(adapter.config, parallel))
+
+    def gram(self, paths: tuple[str, ...]) -> Tensor:
+        """Mean of x x^T over the tokens reaching an input group, (columns, columns) float32.
+
+        The weights are taken as they are now. Ask in execution order, and change no weight that
+        a later group's input depends on once that group's gram was taken: RuntimeError.
+
+        paths: one or more linears of one group of `family.linears`.
+        """
+        if self._left:
+            raise RuntimeError(f"block {self.index} has been run: its input is gone")
+        groups = [g for g, group in enumerate(self._family.linears) if set(paths) <= set(group)]
+        if not paths or not groups:
+            raise ValueError(f"{paths} are not linears of one input group")
+        group = groups[0]
+        total = GramSum(self._columns(paths[0]), self._adapter.device)
+        if group == 0:
+            self._sweep({**self._attention_to(total.add), **self._mlp_to(_nowhere)})
+        elif group == 1:
+            self._record_attention(total.add)
+        elif group == 2:
+            self._sweep({**self._attention_before_mlp(), **self._mlp_to(total.add)})
+        else:
+            self._record_mlp(total.add)
+        return total.mean()
+
+    def forward_with_parts(self) -> Iterator[Parts]:
+        """Run the block, batch by batch, and say what each of its halves did."""
+        config, family = self._adapter.config, self._family
+        scale = getattr(config, family.multiplier) if family.multiplier else 1
+        added: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                added[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [
+            self.module.get_submodule(path).register_forward_hook(keep(name))
+            for name, path in (("attention", family.attention_output), ("mlp", family.mlp_output))
+        ]
+        try:
+            for batch in range(self._left, self._states.batches):
+                hidden = self._states[batch]
+                output = self._run(hidden)
+                attention = scale * added.pop("attention").view_as(hidden)
+                mlp = scale * added.pop("mlp").view_as(hidden)
+                yield Parts(hidden, attention, mlp, output, self._parallel)
+                self._states[batch] = output
+                self._left = batch + 1
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self) -> None:
+        """Replace the hidden states that enter the block by those that leave it."""
+        standing_in: dict[str, nn.Module] = {}
+        if self._attention is not None:
+            standing_in |= self._played_attention()
+        if self._mlp is not None:
+            standing_in |= self._played_mlp(self._mlp)
+        with replaced(self.module, standing_in):
+            for batch in range(self._left, self._states.batches):
+                self._states[batch] = self._run_batch(batch)
+                self._left = batch + 1
+        self._attention = self._mlp = None
+        if self._states.probe is not None:
+            self._states.probe = self._run(self._states.probe)
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        arguments = self._states.arguments(self.index, hidden)
+        output: Tensor = self.module(hidden, *arguments.positional, **arguments.named)
+        return output
+
+    def _run_batch(self, batch: int) -> Tensor:
+        self._batch = batch
+        output = self._run(self._states[batch])
+        self._states.release(batch)
+        if self._attention is not None:
+            self._attention.release(batch)
+        return output
+
+    def _sweep(self, standing_in: dict[str, nn.Module]) -> None:
+        with replaced(self.module, standing_in):
+            for batch in range(self._states.batches):
+                self._run_batch(batch)
+
+    def _record_attention(self, sink: Sink) -> None:
+        """Run attention up to its last linear; keep what reaches that, and give it to `sink`."""
+        path = self._family.linears[1][0]
+        width = max(self._columns(path), self._states.width)  # of its input, then of its output
+        self._attention = recording = self._recording(1, self._states.store(width))
+
+        def keep(inputs: Tensor) -> None:
+            recording.put(self._batch, inputs)
+            sink(inputs)
+
+        self._sweep({path: self._silent_after(keep), **self._mlp_to(_nowhere)})
+
+    def _record_mlp(self, sink: Sink) -> None:
+        """Run the MLP up to its last linear, in the same way; only keep what RAM has room for."""
+        path = self._family.linears[3][0]
+        standing_in = self._attention_before_mlp()
+        beside = 0 if self._attention is None else self._attention.ram_bytes
+        store = self._states.ram_store(self._columns(path), beside=beside)
+        self._mlp = recording = None if store is None else self._recording(3, store)
+
+        def keep(inputs: Tensor) -> None:
+            if recording is not None:
+                recording.put(self._batch, inputs)
+            sink(inputs)
+
+        self._sweep({**standing_in, path: self._silent_after(keep)})
+
+    def _recording(self, group: int, store: Store) -> Recording:
+        later = [path for linears in self._family.linears[group:] for path in linears]
+        return Recording(self.module, self._family.linears[group][0], store, later=later)
+
+    def _attention_before_mlp(self) -> dict[str, nn.Module]:
+        """Attention without its cost, as far as the MLP's input depends on it."""
+        if self._parallel:
+            return self._attention_to(_nowhere)
+        if self._attention is None:
+            self._record_attention(_nowhere)
+        return self._played_attention()
+
+    def _played_attention(self) -> dict[str, nn.Module]:
+        recording = self._attention
+        assert recording is not None
+        recording.settle()
+        player = StandIn(lambda _: recording.output(self._batch), attention=True)
+        return {self._family.attention: player}
+
+    def _played_mlp(self, recording: Recording) -> dict[str, nn.Module]:
+        recording.settle()
+        player = StandIn(lambda _: recording.output(self._batch))
+        first, last = self._family.mlp
+        return {first: self._silent_after(_nowhere), last: player}
+
+    def _attention_to(self, sink: Sink) -> dict[str, nn.Module]:
+        return {self._family.attention: self._silent_after(sink, attention=True)}
+
+    def _mlp_to(self, sink: Sink) -> dict[str, nn.Module]:
+        first, last = self._family.mlp
+        return {last: self._silent_after(_nowhere), first: self._silent_after(sink)}
+
+    def _silent_after(self, sink: Sink, *, attention: bool = False) -> StandIn:
+        """A module that gives its input to `sink` and answers with zeros."""
+        width = self._states.width
+
+        def answer(inputs: Tensor) -> Tensor:
+            sink(inputs)
+            return inputs.new_zeros(1).expand(*inputs.shape[:-1], width)
+
+        return StandIn(answer, attention=attention)
+
+    def _columns(self, path: str) -> int:
+        return self._adapter.weight(self.module, path).shape[1]
+
+
+def _nowhere(inputs: Tensor) -> None:
+    """A sink that keeps nothing."""

@@ -1,0 +1,38 @@
+"""Put other modules and parameters into a model, for a while or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def replaced(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let other modules stand in for those at the given paths below `root`."""
+    originals = {path: root.get_submodule(path) for path in replacements}
+    try:
+        for path, module in replacements.items():
+            _put(root, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            _put(root, path, module)
+
+
+def put_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` itself, not a copy, the parameter of that name below `root`."""
+    frozen = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+    _put(root, name, frozen)
+
+
+def empty_parameter(root: nn.Module, name: str) -> None:
+    """Free the parameter of that name below `root`: only its shape and type remain."""
+    put_parameter(root, name, torch.empty_like(root.get_parameter(name), device="meta"))
+
+
+def _put(root: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, value)
