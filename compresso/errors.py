@@ -45,3 +45,9 @@ class GateError(CompressoError):
     """A result that fails the limits its user set, or an output that fails its proof."""
 
     exit_code = 6
+
+
+class Interrupted(CompressoError):
+    """The user, or the system, asked the run to stop; what was finished is kept."""
+
+    exit_code = 130

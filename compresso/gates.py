@@ -97,8 +97,11 @@ def gate_texts(gates: tuple[Gate, ...]) -> dict[str, str]:
     return {metric: ", ".join(limits) for metric, limits in texts.items()}
 
 
-def check_gates(gates: tuple[Gate, ...], summary: dict[str, Any]) -> None:
-    """Raises GateError naming, with its number, every gate that does not hold."""
+def check_gates(gates: tuple[Gate, ...], summary: dict[str, Any], *, written: str) -> None:
+    """Raises GateError naming, with its number, every gate that does not hold.
+
+    written: where the report is, for the hint.
+    """
     failures = []
     for gate in gates:
         value = summary.get(gate.metric)
@@ -107,6 +110,4 @@ def check_gates(gates: tuple[Gate, ...], summary: dict[str, Any]) -> None:
         elif not _COMPARE[gate.comparison](value, gate.limit):
             failures.append(f"`{gate}` fails: `{gate.metric}` is {value:.6g}")
     if failures:
-        raise GateError(
-            "; ".join(failures), hint="the report was written; loosen the limit or compress less"
-        )
+        raise GateError("; ".join(failures), hint=f"the whole report is in `{written}`")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compresso.checkpoint.reader import Checkpoint
 
 RECORD = "compresso.json"
+KEYS = ("key", "created", "versions", "step", "calibration", "source", "report", "parent")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def make_record(
 def read_record(directory: Path) -> dict[str, Any]:
     """The `compresso.json` of a directory; empty if it has none.
 
-    Raises CheckpointError if it cannot be read.
+    Raises CheckpointError if it is not such a record.
     """
     path = directory / RECORD
     if not path.is_file():
@@ -92,19 +93,31 @@ def read_record(directory: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"`{path}` cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"`{path}` is not a record of compresso's")
+    if not isinstance(record, dict) or not set(KEYS) <= set(record):
+        raise CheckpointError(f"`{path}` is not a record that compresso wrote")
     return record
+
+
+def history(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of all that led to this one, the first made first and this one last."""
+    found = []
+    while record:
+        found.append(record)
+        record = record["parent"] or {}
+    return found[::-1]
 
 
 def lineage(source: Checkpoint) -> list[Ancestor]:
     """The checkpoints `source` was made from, the original first and `source` itself last."""
-    found = []
-    record, path, key = source.provenance, source.path, source.key
-    while record:
-        step = record["step"]
-        found.append(Ancestor(f"{step['stage']}-{step['method']}", path, key))
-        path, key = Path(record["source"]["path"]), record["source"]["key"]
-        record = record.get("parent") or {}
-    found.append(Ancestor("original", path, key))
-    return found[::-1]
+    records = history(read_record(source.path))
+    if not records:
+        return [Ancestor("original", source.path, source.key)]
+    first = records[0]["source"]
+    paths = [Path(record["source"]["path"]) for record in records[1:]] + [source.path]
+    return [
+        Ancestor("original", Path(first["path"]), first["key"]),
+        *(
+            Ancestor(f"{record['step']['stage']}-{record['step']['method']}", path, record["key"])
+            for record, path in zip(records, paths, strict=True)
+        ),
+    ]

@@ -34,8 +34,11 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe entry this step is, every default written out."""
-        entry = {"stage": self.stage, "method": self.method, **asdict(self.settings)}
-        entry = {key: list(v) if isinstance(v, tuple) else v for key, v in entry.items()}
+        settings = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self.settings).items()
+        }
+        entry = {"stage": self.stage, "method": self.method, **settings}
         if self.gates:
             entry["assert"] = gate_texts(self.gates)
         return entry
@@ -99,8 +102,12 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
     if stage == "eval" and "assert" in values:
         gates = parse_gates(values.pop("assert"), where=where)
     name = values.pop("method", None)
+    if not isinstance(name, str | None):
+        raise ConfigError(f"{where}: `method` must be a name", hint=f"known: {', '.join(methods)}")
     if name is None:
-        accepting = (m for m, entry in methods.items() if set(values) <= set(fields(entry.settings)))
+        accepting = (
+            m for m, entry in methods.items() if set(values) <= set(fields(entry.settings))
+        )
         name = next(accepting, next(iter(methods)))
     method = registry.method(stage, name, where=where)
     _check_step_keys(stage, name, values, where)
@@ -126,8 +133,8 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
     """
     notes: list[str] = []
 
-    def find(text: str | None) -> str | None:
-        if text is None or Path(text).is_absolute() or text == "reference":
+    def find(text: str) -> str:
+        if Path(text).is_absolute() or text == "reference":
             return text
         if Path(text).exists():
             notes.append(f"`{text}` is in the current directory")
@@ -136,17 +143,15 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
             return str(beside / text)
         return text
 
-    steps = []
-    for step in recipe.steps:
-        found = {
-            name: find(getattr(step.settings, name))
-            for name in ("dataset", "against")
-            if hasattr(step.settings, name)
-        }
-        steps.append(replace(step, settings=replace(step.settings, **found)))
-    calibration = replace(recipe.calibration, dataset=find(recipe.calibration.dataset))
+    def find_in(record: Any) -> Any:
+        named = {name: getattr(record, name, None) for name in ("dataset", "against")}
+        return replace(record, **{name: find(text) for name, text in named.items() if text})
+
     located = replace(
-        recipe, model=find(recipe.model), calibration=calibration, steps=tuple(steps)
+        recipe,
+        model=find(recipe.model),
+        calibration=find_in(recipe.calibration),
+        steps=tuple(replace(step, settings=find_in(step.settings)) for step in recipe.steps),
     )
     return located, list(dict.fromkeys(notes))
 
@@ -172,12 +177,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[int]]:
         raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must have keys and values", hint=f"known: {', '.join(KEYS)}")
-    listed = (value for key, value in root.value if key.value == "stages")
-    return values, [entry.start_mark.line + 1 for node in listed for entry in _entries(node)]
-
-
-def _entries(node: yaml.Node) -> list[yaml.Node]:
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    nodes = {key.value: value for key, value in root.value}
+    entries = nodes["stages"].value if isinstance(values.get("stages"), list) else []
+    return values, [entry.start_mark.line + 1 for entry in entries]
 
 
 def _check_unique(node: yaml.Node | None, path: Path) -> None:
@@ -190,7 +192,7 @@ def _check_unique(node: yaml.Node | None, path: Path) -> None:
     seen: set[str] = set()
     for key, value in node.value:
         place = f"{path}: line {key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
             raise ConfigError(f"{place}: a key must be a word")
         if key.value in seen:
             raise ConfigError(f"{place}: `{key.value}` is given twice")

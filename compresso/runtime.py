@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit}I": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
+_UNITS = {
+    "": 1,
+    **{unit: 1000**power for power, unit in enumerate("KMGT", start=1)},
+    **{f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)},
+}
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -105,9 +108,9 @@ def _computes_bfloat16() -> bool:
     import torch
 
     # PyTorch has had this function only lately; before, there is no public way to ask.
-    ask = getattr(torch.cpu, "get_capabilities", dict)
-    found = ask()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    found = ask() if ask else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def parse_bytes(text: str) -> int:

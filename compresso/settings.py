@@ -61,6 +61,10 @@ class AnalyzeSettings:
         Literal["all", "last"],
         limit(description="Tokens the angular distance is averaged over; the paper uses `last`."),
     ] = "all"
+    plot: Annotated[
+        bool | None,
+        limit(description="Draw the report as .png and .svg; done if matplotlib is installed."),
+    ] = None
 
 
 def _one_of(**amounts: object) -> None:

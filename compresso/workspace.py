@@ -36,7 +36,7 @@ def next_target(name: str, runs: Path = RUNS) -> Path:
     numbers = [
         int(found[1])
         for entry in entries
-        if (found := re.match(r"(\d+)-", entry.name)) and not entry.name.endswith(".partial")
+        if (found := re.match(r"(\d+)-", entry.name)) and ".partial" not in entry.name
     ]
     return runs / f"{max(numbers, default=0) + 1:02d}-{name}"
 
@@ -49,7 +49,7 @@ def record_time(path: Path) -> str:
 def _checkpoints(runs: Path) -> Iterator[Path]:
     for config in (*runs.glob("*/config.json"), *runs.glob("*/*/config.json")):
         path = config.parent
-        unfinished = any(part.endswith(".partial") for part in path.parts)
+        unfinished = any(".partial" in part for part in path.parts)
         if (path / RECORD).is_file() and not unfinished:
             yield path
 

@@ -1,0 +1,192 @@
+"""What the stage commands share: from options to a step, to its result. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compresso import registry
+from compresso.config import build
+from compresso.errors import ConfigError, ResourceError
+from compresso.options import flag, sort_options, stage_parameters, with_options
+from compresso.recipe import Recipe, Step, dump_recipe, make_step
+from compresso.runtime import log
+from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.workspace import REFERENCE, newest_checkpoint, next_target
+
+if TYPE_CHECKING:
+    from compresso.run import Outcome
+
+HELP = {
+    "analyze": """Measure how much every block, and its attention and MLP, changes the stream.
+
+    Writes a report directory with the numbers; reads MODEL and changes nothing.""",
+    "prune": """Drop whole blocks of MODEL, chosen by a method.
+
+    Writes a smaller checkpoint of the same kind, that loads wherever MODEL does.""",
+    "quantize": """Store the linear weights of MODEL's blocks in few bits.
+
+    Writes a checkpoint of packed weights, that loads in transformers and vLLM.""",
+    "eval": """Measure MODEL against its original: perplexity, distance, speed and size.
+
+    Writes a report directory. With `--assert`, fails if a limit is not kept.""",
+}
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory, hub name (`org/name` or `org/name@revision`), or `reference` for the"
+        " bundled model.",
+        show_default="the newest in ./compresso-runs, else `reference`",
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", hidden=True)]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Directory to create.",
+        show_default="./compresso-runs/NN-stage-method",
+        rich_help_panel="Output",
+    ),
+]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh",
+        help="Discard what an unfinished run left in the output, instead of going on from it.",
+        rich_help_panel="Output",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Output")
+]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-recipe",
+        metavar="FILE",
+        help="Write these options as a recipe for `compresso run`, and stop.",
+        rich_help_panel="Output",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A stage command's step, and all that is needed to run it."""
+
+    step: Step
+    model: str
+    calibration: CalibrationSettings
+    runtime: RuntimeSettings
+    output: Path | None
+
+
+def stage_command(stage: str) -> Callable[..., None]:
+    """The function behind `compresso STAGE`, with a parameter for every option."""
+
+    def command(
+        *,
+        model: Model = None,
+        model_option: ModelOption = None,
+        output: Output = None,
+        fresh: Fresh = False,
+        as_json: AsJson = False,
+        save_recipe: SaveRecipe = None,
+        **options: Any,
+    ) -> None:
+        if model is not None and model_option is not None:
+            raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
+        request = make_request(stage, model or model_option, output, options)
+        if save_recipe is not None:
+            _save_recipe(request, save_recipe)
+            typer.echo(save_recipe)
+        else:
+            outcome = run_request(request, fresh=fresh)
+            if as_json:
+                print_json([outcome])
+            else:
+                typer.echo(outcome.path)
+
+    return with_options(command, stage_parameters(stage))
+
+
+def make_request(
+    stage: str, model: str | None, output: Path | None, options: dict[str, Any]
+) -> Request:
+    """Check the options, and choose what to read if the user did not; opens nothing.
+
+    Raises ConfigError naming the wrong option.
+    """
+    where = f"compresso {stage}"
+    given = sort_options(stage, options)
+    step = make_step(stage, given.step, where=where)
+    if given.calibration and not registry.method(stage, step.method).calibrated:
+        name = flag(next(iter(given.calibration)))
+        raise ConfigError(
+            f"{where}: method `{step.method}` reads no text, so `{name}` would do nothing",
+            hint=f"leave out `{name}`",
+        )
+    return Request(
+        step=step,
+        calibration=build(CalibrationSettings, given.calibration, where=where),
+        runtime=build(RuntimeSettings, given.runtime, where=where),
+        model=model or choose_model(),
+        output=output,
+    )
+
+
+def choose_model() -> str:
+    """What a bare command reads: the newest checkpoint of `./compresso-runs`, or `reference`."""
+    if (newest := newest_checkpoint()) is not None:
+        log(f"reading `{newest}`, the newest checkpoint; pass a MODEL for another")
+        return str(newest)
+    log("reading the bundled model `reference`; pass a MODEL for another")
+    return REFERENCE
+
+
+def run_request(request: Request, *, fresh: bool) -> Outcome:
+    """Run the step of a stage command. Raises what `run_step` raises."""
+    # Heavy imports wait until the options are known to be right.
+    from compresso.checkpoint.reader import open_checkpoint
+    from compresso.run import run_step
+    from compresso.runtime import make_runtime
+
+    runtime = make_runtime(request.runtime)
+    source = open_checkpoint(request.model)
+    target = request.output or next_target(request.step.name)
+    return run_step(request.step, source, request.calibration, target, runtime, fresh=fresh)
+
+
+def print_json(outcomes: list[Outcome]) -> None:
+    """Write all there is to know about the outcomes to stdout."""
+    values = [
+        {
+            "path": str(outcome.path),
+            "stage": outcome.step.stage,
+            "method": outcome.step.method,
+            "key": outcome.key,
+            "reused": outcome.reused,
+            "report": outcome.report.to_json(),
+        }
+        for outcome in outcomes
+    ]
+    typer.echo(json.dumps(values, indent=1))
+
+
+def _save_recipe(request: Request, path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"`{path}` exists", hint="choose another name for the recipe")
+    recipe = Recipe(request.model, request.calibration, request.runtime, (request.step,))
+    try:
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot write `{path}`: {error.strerror}") from error

@@ -1,0 +1,75 @@
+"""What there is to choose from, for `compresso list`. Imports no torch until families are asked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from compresso import registry
+from compresso.config import fields
+
+Rows = list[dict[str, str]]
+
+
+def _stages() -> Rows:
+    return [
+        {"name": name, "reads": stage.takes, "writes": stage.leaves or "a report"}
+        for name, stage in registry.STAGES.items()
+    ]
+
+
+def _methods() -> Rows:
+    return [
+        {
+            "name": name,
+            "stage": stage_name,
+            "does": (inspect.getdoc(method.settings) or "").splitlines()[0],
+            "settings": ", ".join(fields(method.settings)),
+            "follows": method.follows,
+        }
+        for stage_name, stage in registry.STAGES.items()
+        for name, method in stage.methods.items()
+    ]
+
+
+def _families() -> Rows:
+    from compresso.models.families import FAMILIES
+
+    return [{"name": name} for name in sorted(FAMILIES)]
+
+
+def _datasets() -> Rows:
+    return [
+        {"name": "stdlib", "is": "the Python standard library's source on this machine"},
+        {"name": "wikitext2", "is": "Salesforce/wikitext, wikitext-2-raw-v1, from the hub"},
+        {"name": "c4", "is": "the first English shards of allenai/c4, from the hub"},
+        {"name": "PATH", "is": ".txt, .md, .py, .rst, .jsonl, .json, .parquet, or a directory"},
+        {"name": "PATH.npy", "is": "token ids, integers of shape (sequences, tokens)"},
+        {"name": "OWNER/NAME", "is": "a hub dataset with a `text` column"},
+    ]
+
+
+def _formats() -> Rows:
+    return [
+        {
+            "name": "safetensors",
+            "is": "dense weights, as transformers saves them",
+            "read": "yes",
+            "written by": "prune, quantize --no-pack",
+        },
+        {
+            "name": "pack-quantized",
+            "is": "packed weights of compressed-tensors, uniform 2, 3, 4 or 8 bits",
+            "read": "by analyze, eval and inspect",
+            "written by": "quantize",
+        },
+    ]
+
+
+TOPICS: dict[str, Callable[[], Rows]] = {
+    "stages": _stages,
+    "methods": _methods,
+    "families": _families,
+    "datasets": _datasets,
+    "formats": _formats,
+}

@@ -1,0 +1,247 @@
+"""Run a step: recognise finished work, prove new work, publish it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compresso import registry
+from compresso.calibration.data import Calibration, load_calibration, load_heldout
+from compresso.checkpoint.proof import prove
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
+from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
+from compresso.gates import check_gates
+from compresso.preflight import check_room, check_source
+from compresso.provenance import RECORD, make_record, read_record, step_key
+from compresso.recipe import Step
+from compresso.report import Report, rows_to_csv, show_report
+from compresso.runtime import Runtime, log, warn
+from compresso.settings import CalibrationSettings
+from compresso.workspace import check_output
+
+ROWS = "compresso-report.csv"
+ALL_WINDOWS = 10**9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to. `reused`: it had been done before."""
+
+    step: Step
+    path: Path
+    key: str
+    report: Report
+    reused: bool
+
+
+def run_step(
+    step: Step,
+    source: Checkpoint,
+    calibration: CalibrationSettings,
+    target: Path,
+    runtime: Runtime,
+    *,
+    fresh: bool = False,
+) -> Outcome:
+    """Run one stage on `source`, or recognise that `target` is its result already.
+
+    fresh: discard what an unfinished run left behind, instead of going on from it.
+
+    Raises CheckpointError if `target` holds something else, GateError if the output fails its
+    proof (nothing is published then) or a gate of the step (the report is), Interrupted if the
+    user stops it, and what the stage raises.
+    """
+    check_source(step, source)
+    data = load_data(step, source, calibration, runtime)
+    key = key_of(step, source, data, runtime)
+    outcome = find_finished(step, target, key)
+    if outcome is None:
+        outcome = run_new(step, source, data, target, runtime, fresh=fresh)
+    settle(outcome)
+    return outcome
+
+
+def load_data(
+    step: Step, source: Checkpoint, calibration: CalibrationSettings, runtime: Runtime
+) -> Calibration | None:
+    """The token batches a step reads: calibration text, or for `eval` the held-out text."""
+    trust = runtime.trust_remote_code
+    if step.stage == "eval":
+        held_out = CalibrationSettings(
+            dataset=step.settings.dataset,
+            samples=step.settings.samples or ALL_WINDOWS,
+            length=step.settings.length,
+            seed=step.settings.seed,
+        )
+        data = load_heldout(held_out, source, trust_remote_code=trust)
+    elif registry.method(step.stage, step.method).calibrated:
+        data = load_calibration(calibration, source, trust_remote_code=trust)
+    else:
+        return None
+    used = data.record
+    log(
+        f"{step.name}: {used['sequences_used']} sequences of {used['length']} tokens of"
+        f" `{used['dataset']}`, {used['split']}"
+    )
+    return data
+
+
+def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Runtime) -> str:
+    """The key of a step's result."""
+    return step_key(
+        step,
+        source=source.key,
+        data=data.key if data else None,
+        dtype=runtime.compute_dtype(source.dtype),
+    )
+
+
+def find_finished(step: Step, target: Path, key: str) -> Outcome | None:
+    """The outcome in `target` if it is that of this key; None if `target` is free.
+
+    Raises CheckpointError if it holds anything else.
+    """
+    check_output(target)
+    record = read_record(target)
+    if not record:
+        return None
+    if record["key"] != key:
+        raise CheckpointError(
+            f"`{target}` was made with other settings or from another checkpoint",
+            hint="choose another `-o`, or remove it",
+        )
+    log(f"{step.name}: reused `{target}`")
+    return Outcome(step, target, key, Report.from_json(record["report"]), reused=True)
+
+
+def run_new(
+    step: Step,
+    source: Checkpoint,
+    data: Calibration | None,
+    target: Path,
+    runtime: Runtime,
+    *,
+    fresh: bool,
+) -> Outcome:
+    """Run a step whose `target` is free, and publish what it makes. It is not settled yet."""
+    check_room(step, source, target)
+    log(f"{step.name}: `{source.path}` -> `{target}`")
+    work = _Work(step, source, data, runtime, key_of(step, source, data, runtime))
+    if registry.stage(step.stage).leaves is None:
+        report = _write_report(work, target)
+    else:
+        with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
+            report = _write_checkpoint(work, writer)
+    return Outcome(step, target, work.key, report, reused=False)
+
+
+def settle(outcome: Outcome) -> None:
+    """Show what a step measured, then hold it to its gates. Raises GateError if one fails."""
+    show_report(outcome.report, outcome.step.name)
+    for message in outcome.report.warnings:
+        warn(message)
+    check_gates(outcome.step.gates, outcome.report.summary, written=str(outcome.path))
+
+
+@dataclass(frozen=True)
+class _Work:
+    step: Step
+    source: Checkpoint
+    data: Calibration | None
+    runtime: Runtime
+    key: str
+
+    def run(self, target: CheckpointWriter | Path) -> Report:
+        stage = registry.load(registry.stage(self.step.stage).code)
+        report: Report = stage(self.source, self.step, self.data, target, self.runtime)
+        return report
+
+    def record(self, report: Report) -> dict[str, Any]:
+        return make_record(
+            self.step,
+            self.source,
+            key=self.key,
+            data=self.data.record if self.data else None,
+            report=report.to_json(),
+        )
+
+
+def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
+    """Run a stage that writes a checkpoint; prove the checkpoint, then publish it."""
+    try:
+        report = work.run(writer)
+        if report.config is None or report.fingerprint is None:
+            raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
+        side_files = work.source.side_files()
+        side_files.pop(ROWS, None)
+        writer.finalize(config=report.config, side_files=side_files, expected=report.expected)
+        proof = prove(
+            writer.partial,
+            report.fingerprint,
+            dtype=work.runtime.compute_dtype(work.source.dtype),
+            device=work.runtime.device,
+            trust_remote_code=work.runtime.trust_remote_code,
+            carried=report.carried,
+        )
+        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
+        writer.write_record(work.record(report) | proved)
+        writer.publish()
+    except GateError as error:
+        raise GateError(
+            str(error), hint=f"nothing was published; `{writer.partial}` is kept to look at"
+        ) from error
+    except KeyboardInterrupt:
+        saved = len(list(writer.partial.glob("model-*.safetensors")))
+        raise Interrupted(
+            f"interrupted; {saved} of {_parts(work.source)} parts are saved in `{writer.partial}`",
+            hint="run the same command again to go on from there",
+        ) from None
+    return report
+
+
+def _write_report(work: _Work, target: Path) -> Report:
+    """Run a stage that only measures, in a directory that is published when it is whole."""
+    # It holds nothing to go on from later, so it is this process's own, and removed on failure.
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    with _writing(target):
+        partial.mkdir(parents=True)
+    try:
+        report = work.run(partial)
+        _write_text(partial / ROWS, rows_to_csv(report.rows))
+        _write_text(partial / RECORD, json.dumps(work.record(report), indent=1))
+        with _writing(target):
+            partial.replace(target)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; a measurement starts again from the beginning") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write `{path}`: {error.strerror}") from error
+
+
+def _parts(source: Checkpoint) -> int:
+    """One part per block, and one for what is in no block."""
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(count := source.config.get(name), int):
+            return count + 1
+    raise CheckpointError(f"`{source.path}/config.json` does not say how many blocks there are")
