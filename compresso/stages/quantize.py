@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.data import Calibration
+from compresso.calibration.gram import GramSum
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
 from compresso.calibration.walk import LiveBlock, enter_blocks, walk_blocks
@@ -91,6 +92,7 @@ def quantize(
     target.commit(adapter.count, outside, {"rows": rows})
     report.rows += rows
     report.config = work.config()
+    report.expected = work.expected()
     report.fingerprint = Fingerprint(probe, work.logits(states))
     report.summary = _summary(report.rows, plan)
     return report
@@ -145,7 +147,9 @@ class _Work:
         )
         for name, weight, rounded, part in parts:
             if self.pack:
-                tensors |= layout.pack(name, part, self.source.dtype)
+                tensors |= layout.pack(
+                    name, part, self.source.dtype, symmetric=self.plan.scheme.symmetric
+                )
             else:
                 tensors[f"{name}.weight"] = self._matrix(rounded).contiguous().cpu()
             change = weight - rounded.float()
@@ -189,10 +193,16 @@ class _Work:
             return tensors, []
         name = adapter.family.head
         weight = self._matrix(tensors.pop(f"{name}.weight"))
-        gram = adapter.head_gram(self.source, states) if self.calibrated else None
+        gram = self._head_gram(states) if self.calibrated else None
         stored, decoded, rows = self._quantize_group([name], [weight], gram)
         adapter.set_head(decoded[0])
         return tensors | stored, rows
+
+    def _head_gram(self, states: States) -> Tensor:
+        total = GramSum(states.width, self.adapter.device)
+        for batch in range(states.batches):
+            total.add(self.adapter.head_input(self.source, states[batch]))
+        return total.mean()
 
     def logits(self, states: States) -> Tensor:
         """What the quantized model in memory says on the probe tokens."""
@@ -204,6 +214,26 @@ class _Work:
             return self.source.config
         entry = layout.quantization_config(self.plan.scheme, ignore=self.plan.kept)
         return {**self.source.config, "quantization_config": entry}
+
+    def expected(self) -> list[str]:
+        """Names of all tensors the output holds: the source's, the quantized ones packed."""
+        if not self.pack:
+            return self.source.names()
+        adapter, scheme = self.adapter, self.plan.scheme
+        quantized = {
+            f"{adapter.block_prefix(index)}{path}"
+            for index, groups in enumerate(self.plan.groups)
+            for paths in groups
+            for path in paths
+        }
+        if self.plan.head:
+            quantized.add(adapter.family.head)
+        names: list[str] = []
+        for name in self.source.names():
+            path = name.removesuffix(".weight")
+            packed = path != name and path in quantized
+            names += layout.packed_names(path, scheme) if packed else [name]
+        return names
 
 
 def _summary(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,26 @@ def measure_speed(
 
     Raises ResourceError if the process is killed, as the system does when memory runs out.
     """
-    context = multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        job = pool.submit(
-            _measure,
-            str(path),
-            prompt.tolist(),
-            sample.tolist(),
-            device,
-            trust_remote_code,
-            threads,
+    job = {
+        "path": str(path),
+        "prompt_ids": prompt.tolist(),
+        "sample_ids": sample.tolist(),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "threads": torch.get_num_threads(),
+    }
+    command = [sys.executable, "-m", "compresso.stages.speed"]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode < 0:
+        raise ResourceError(
+            f"measuring the speed of `{path}` was killed, most likely for lack of memory",
+            hint="pass `--no-speed`: the quality is measured block by block",
         )
-        try:
-            return job.result()
-        except BrokenProcessPool as error:
-            raise ResourceError(
-                f"measuring the speed of `{path}` was killed, most likely for lack of memory",
-                hint="pass `--no-speed`: the quality is measured block by block",
-            ) from error
+    if done.returncode:
+        raise RuntimeError(f"measuring the speed of {path} failed:\n{done.stderr}")
+    return Speed(**json.loads(done.stdout))
 
 
 def _measure(
@@ -127,3 +128,7 @@ def _seconds(action: Any, device: str) -> float:
 
 def _peak_memory(device: str) -> int:
     return peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(**json.load(sys.stdin)))))
