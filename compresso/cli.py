@@ -60,8 +60,7 @@ def compresso(
 ) -> None:
     """Compress language models: prune and quantize them, and measure what that did.
 
-    Commands chain: `compresso prune --ratio 0.2`, then `compresso quantize`, then `compresso eval`
-    each read what the one before wrote to ./compresso-runs.
+    Each command reads what the one before it wrote to ./compresso-runs, unless told otherwise.
     """
 
 

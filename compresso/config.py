@@ -19,7 +19,9 @@ checked = model_validator(mode="after")  # decorates a method that raises ValueE
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen record that checks its values and refuses unknown keys."""
-    return dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", defer_build=True))  # type: ignore[return-value]
+    # Building the checks waits until a record is made: help and listings need only the fields.
+    config = ConfigDict(extra="forbid", defer_build=True)
+    return dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
 
 
 def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:

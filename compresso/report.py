@@ -150,10 +150,12 @@ def _with_error(row: dict[str, Any], key: str, form: Any) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value) or "none"
     return str(value)

@@ -201,7 +201,7 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
     except KeyboardInterrupt:
         saved = len(list(writer.partial.glob("model-*.safetensors")))
         raise Interrupted(
-            f"interrupted; {saved} of {_parts(work.source)} parts are saved in `{writer.partial}`",
+            f"interrupted; {saved} finished parts are saved in `{writer.partial}`",
             hint="run the same command again to go on from there",
         ) from None
     return report

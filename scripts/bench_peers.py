@@ -123,7 +123,7 @@ def load_dense(checkpoint: str) -> Any:
             weights = {"weight": module.dequantize_weight().T}
             linear.load_state_dict(weights | ({"bias": module.bias} if bias else {}))
             model.set_submodule(name, linear)
-    return model.float().eval()
+    return torch.nn.Module.float(model).eval()  # transformers refuses once-quantized models its own
 
 
 def evaluate(job: Job) -> dict[str, Any]:

@@ -41,7 +41,7 @@ COPIES = ("_vendor", "_distutils", "_vendored", "externals")
 MAX_PACKAGE_BYTES, MAX_FILE_BYTES = 16_000_000, 400_000
 VOCABULARY = 4096
 END, PAD = "<|endoftext|>", "<|pad|>"
-STEP_TOKENS, MICRO_TOKENS = 8192, 4096
+MICRO_TOKENS, SINGLE_UNTIL = 4096, 0.4  # then two micro batches a step
 WINDOW, SHORT_WINDOW, SHORT_UNTIL = 512, 256, 0.67
 WARM_UP_STEPS, COOL_FROM, FINAL_RATE = 60, 0.6, 0.01
 SNAPSHOT_SECONDS = 600
@@ -91,6 +91,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
 
 def prepare(work: Path, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
     """Make the tokenizer and the training stream, or reuse those of an earlier start."""
+    work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokens.npy").exists():
         texts = training_texts(seed)
         print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} M characters", flush=True)
@@ -226,8 +227,9 @@ def train(
     while progress < 1:
         if window == SHORT_WINDOW and progress > SHORT_UNTIL:
             window, stream = WINDOW, batches(tokens, WINDOW, args.seed + 1)
-        for _ in range(STEP_TOKENS // MICRO_TOKENS):
-            loss = loss_of(next(stream).to(args.device)) / (STEP_TOKENS // MICRO_TOKENS)
+        micros = 1 if progress < SINGLE_UNTIL else 2  # early on more steps count, later less noise
+        for _ in range(micros):
+            loss = loss_of(next(stream).to(args.device)) / micros
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,16 +238,16 @@ def train(
         adam.step()
         muon.step(args.muon_rate * scale)
         model.zero_grad(set_to_none=True)
-        step, seen, now = step + 1, seen + STEP_TOKENS, time.monotonic()
+        step, seen, now = step + 1, seen + micros * MICRO_TOKENS, time.monotonic()
         progress = max(seen / args.tokens, (now - start) / 3600 / args.hours)
         if step % 20 == 0:
-            speed = 20 * STEP_TOKENS / (now - logged)
+            speed = 20 * micros * MICRO_TOKENS / (now - logged)
             line = f"step {step} tokens {seen / 1e6:.2f}M loss {total / 20:.4f} rate {scale:.3f}"
             print(f"{line} progress {progress:.3f} tokens/s {speed:.0f}", flush=True)
             logged, total = now, 0.0
-        if now - saved > SNAPSHOT_SECONDS:
-            save(model, tokenizer, args.out / "snapshot")
+        if now > saved + SNAPSHOT_SECONDS:
             saved = now
+            save(model, tokenizer, args.out / "snapshot")
     return model
 
 
@@ -288,9 +290,7 @@ def main() -> None:
     args.device = "cuda" if cuda else "cpu"
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     torch.manual_seed(args.seed)
-    work = args.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    tokenizer, tokens = prepare(work, args.seed)
+    tokenizer, tokens = prepare(args.out / "work", args.seed)
     save(train(args, tokenizer, tokens), tokenizer, args.out / "model")
     print(json.dumps(evaluate(args.out / "model")), flush=True)
 

@@ -461,7 +461,7 @@ main()
 """
     done = python(code, env=ONE_THREAD)
     assert done.returncode == 130, done.stderr
-    assert "error: interrupted; 2 of 5 parts are saved" in done.stderr
+    assert "error: interrupted; 2 finished parts are saved" in done.stderr
     assert "hint: run the same command again" in done.stderr
     assert not (here / "out").exists() and (here / "out.partial").exists()
     again = subprocess.run(

@@ -181,7 +181,7 @@ def test_interrupted_work_is_kept(model, calibration, runtime, tmp_path, monkeyp
 
     target = tmp_path / "out"
     monkeypatch.setattr(CheckpointWriter, "commit", interrupted)
-    with pytest.raises(Interrupted, match="2 of 5 parts are saved") as caught:
+    with pytest.raises(Interrupted, match="2 finished parts are saved") as caught:
         run_step(prune(), Checkpoint(model), calibration, target, runtime)
     assert caught.value.exit_code == 130 and "same command" in str(caught.value.hint)
     monkeypatch.undo()

@@ -38,7 +38,6 @@ class Recording:
         self._path = path
         self._linear = block.get_submodule(path)
         self._store = store
-        self.ram_bytes = store.ram_bytes
         later_parameters = tuple(f"{linear}." for linear in later)
         self._seen = {
             name: (parameter, parameter._version)
@@ -48,7 +47,7 @@ class Recording:
         self._applied: set[int] = set()
 
     def put(self, batch: int, inputs: Tensor) -> None:
-        """Keep what reached the linear in one batch. Not copied if kept in RAM."""
+        """Keep a copy of what reached the linear in one batch."""
         self._store[batch] = inputs
 
     def check(self) -> None:

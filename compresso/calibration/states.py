@@ -30,38 +30,40 @@ class Store:
 
         Raises ResourceError if the disk has no room or cannot be written to.
         """
+        self.batch_bytes = batch_bytes
         granularity = mmap.ALLOCATIONGRANULARITY
         self._slot = -(-batch_bytes // granularity) * granularity
         self._device = device
         self._tensors: list[Tensor | None] = [None] * batches
-        self._map = None if spill_dir is None else _map_file(batches * self._slot, spill_dir)
-        self.ram_bytes = batches * batch_bytes if spill_dir is None else 0
+        size = batches * self._slot
+        self._file = None if spill_dir is None or not size else _map_file(size, spill_dir)
+        # One piece of memory for all, as thousands of pieces among those that come and go with
+        # every batch would leave holes that are never used again.
+        self._memory = (
+            torch.empty(size, dtype=torch.uint8)
+            if self._file is None
+            else torch.frombuffer(self._file, dtype=torch.uint8)
+        )
+        self.ram_bytes = size if spill_dir is None else 0
 
     def __getitem__(self, batch: int) -> Tensor:
-        """The tensor of that batch, not to be changed, on the device."""
+        """The tensor of that batch, not to be changed, on the device; until it is replaced."""
         held = self._tensors[batch]
         assert held is not None, f"batch {batch} was not stored"
         return held.to(self._device)
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
-        """Replace the tensor of that batch, by one of another shape if it fits."""
-        if self._map is None:
-            held = tensor.cpu().contiguous()
-            # A view would keep more memory alive than its own, or change with its owner.
-            self._tensors[batch] = held if held._base is None else held.clone()
-            return
+        """Keep a copy in place of what that batch had, of any shape and type that fits."""
         assert tensor.nbytes <= self._slot
-        held = torch.frombuffer(
-            self._map, dtype=tensor.dtype, count=tensor.numel(), offset=batch * self._slot
-        ).view(tensor.shape)
-        held.copy_(tensor)
-        self._tensors[batch] = held
+        start = batch * self._slot
+        held = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self._tensors[batch] = held.copy_(tensor)
         self.release(batch)
 
     def release(self, batch: int) -> None:
         """Let the system take back the memory of a batch that is on disk. Loses nothing."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED, batch * self._slot, self._slot)
+        if self._file is not None:
+            self._file.madvise(mmap.MADV_DONTNEED, batch * self._slot, self._slot)
 
 
 class States:
@@ -91,6 +93,8 @@ class States:
         self._spill_dir = spill_dir
         self._arguments: dict[tuple[int, ...], list[BlockArguments]] = {}
         self._hidden = self._needed_store(self.width, beside=0)
+        self._for_attention: Store | None = None
+        self._for_mlp: Store | None = None
 
     def __getitem__(self, batch: int) -> Tensor:
         """The hidden states of a batch, (B, T, d), not to be changed, on the adapter's device."""
@@ -113,16 +117,26 @@ class States:
         """What the model passes to a block besides `hidden`, which is (B, T, d)."""
         return self._arguments[tuple(hidden.shape[:2])][block]
 
-    def store(self, width: int) -> Store:
-        """Room for `width` more numbers per token, on disk if the budget is used up."""
-        return self._needed_store(width, beside=self._hidden.ram_bytes)
+    def attention_store(self, width: int) -> Store:
+        """Room for `width` more numbers per token, on disk if the budget is used up.
 
-    def ram_store(self, width: int, *, beside: int) -> Store | None:
-        """Room for `width` more numbers per token, or None if the budget is used up.
-
-        beside: bytes in RAM of what `store` gave out and is still in use.
+        Every block gets the same room, and what an earlier one had there is lost.
         """
-        return self._ram_store(width, beside=self._hidden.ram_bytes + beside)
+        if (
+            self._for_attention is None
+            or self._batch_bytes(width) > self._for_attention.batch_bytes
+        ):
+            self._for_attention = None  # before new room is made
+            self._for_attention = self._needed_store(width, beside=self._hidden.ram_bytes)
+        return self._for_attention
+
+    def mlp_store(self, width: int) -> Store | None:
+        """Likewise beside what `attention_store` gave, but None if the budget is used up."""
+        if self._for_mlp is None or self._batch_bytes(width) > self._for_mlp.batch_bytes:
+            taken = 0 if self._for_attention is None else self._for_attention.ram_bytes
+            self._for_mlp = None
+            self._for_mlp = self._ram_store(width, beside=self._hidden.ram_bytes + taken)
+        return self._for_mlp
 
     def _needed_store(self, width: int, *, beside: int) -> Store:
         found = self._ram_store(width, beside=beside)

@@ -16,7 +16,7 @@ from compresso.models.substitution import replaced
 
 Sink = Callable[[Tensor], None]
 
-__all__ = ["LiveBlock", "Parts", "States", "enter_blocks", "head_gram", "never", "walk_blocks"]
+__all__ = ["LiveBlock", "Parts", "States", "enter_blocks", "never", "walk_blocks"]
 
 
 def never(index: int) -> dict[str, Tensor] | None:
@@ -55,15 +55,6 @@ def walk_blocks(
                 after(block)
         finally:
             adapter.unload_block(index)
-
-
-def head_gram(adapter: ModelAdapter, source: Checkpoint, states: States) -> Tensor:
-    """Mean of x x^T over the tokens reaching the head, (d, d) float32, after a whole walk."""
-    total = GramSum(states.width, adapter.device)
-    for batch in range(states.batches):
-        total.add(adapter.head_input(source, states[batch]))
-        states.release(batch)
-    return total.mean()
 
 
 @dataclass(frozen=True)
@@ -145,7 +136,7 @@ class LiveBlock:
         elif group == 1:
             self._record_attention(total.add)
         elif group == 2:
-            self._sweep({**self._attention_before_mlp(), **self._mlp_to(total.add)})
+            self._sweep({**self._played_attention(), **self._mlp_to(total.add)})
         else:
             self._record_mlp(total.add)
         return total.mean()
@@ -216,7 +207,7 @@ class LiveBlock:
         """Run attention up to its last linear; keep what reaches that, and give it to `sink`."""
         path = self._family.linears[1][0]
         width = max(self._columns(path), self._states.width)  # of its input, then of its output
-        self._attention = recording = self._recording(1, self._states.store(width))
+        self._attention = recording = self._recording(1, self._states.attention_store(width))
 
         def keep(inputs: Tensor) -> None:
             recording.put(self._batch, inputs)
@@ -227,9 +218,8 @@ class LiveBlock:
     def _record_mlp(self, sink: Sink) -> None:
         """Run the MLP up to its last linear, in the same way; only keep what RAM has room for."""
         path = self._family.linears[3][0]
-        standing_in = self._attention_before_mlp()
-        beside = 0 if self._attention is None else self._attention.ram_bytes
-        store = self._states.ram_store(self._columns(path), beside=beside)
+        standing_in = self._played_attention()
+        store = self._states.mlp_store(self._columns(path))
         self._mlp = recording = None if store is None else self._recording(3, store)
 
         def keep(inputs: Tensor) -> None:
@@ -243,15 +233,9 @@ class LiveBlock:
         later = [path for linears in self._family.linears[group:] for path in linears]
         return Recording(self.module, self._family.linears[group][0], store, later=later)
 
-    def _attention_before_mlp(self) -> dict[str, nn.Module]:
-        """Attention without its cost, as far as the MLP's input depends on it."""
-        if self._parallel:
-            return self._attention_to(_nowhere)
+    def _played_attention(self) -> dict[str, nn.Module]:
         if self._attention is None:
             self._record_attention(_nowhere)
-        return self._played_attention()
-
-    def _played_attention(self) -> dict[str, nn.Module]:
         recording = self._attention
         assert recording is not None
         recording.settle()

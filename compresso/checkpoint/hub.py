@@ -57,11 +57,11 @@ def _near(path: Path) -> str | None:
 
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # of whichever HTTP library the hub uses
+        HTTPError,  # of whichever HTTP library the hub uses
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -82,7 +82,7 @@ def _download(repository: str, revision: str | None) -> Path:
         problem = f"`{repository}` is neither a directory nor a hub name"
     except (
         HfHubHTTPError,
-        HTTPError,
+        HTTPError,  # of whichever HTTP library the hub uses
         LocalEntryNotFoundError,
         RevisionResolutionError,
         ConnectionError,

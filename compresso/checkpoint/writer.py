@@ -24,6 +24,7 @@ from compresso.errors import CheckpointError, ResourceError
 
 STAMP = "key"
 TEMPORARY = ".tmp"
+REPORTS = "report-{}.json"
 
 
 class CheckpointWriter:
@@ -60,19 +61,30 @@ class CheckpointWriter:
                 )
             self._stamp = self._lock()
             self._begin(f"{key} {parts}\n", fresh=fresh)
+            for path in self.partial.glob("model-*-of-*.safetensors"):
+                self._parts = int(path.stem.rpartition("-")[2])
+
+    def resize(self, parts: int) -> None:
+        """Say how many parts there will be, where the work has found that out itself.
+
+        Raises ValueError if a part of another number of parts is committed.
+        """
+        if parts != self._parts and any(self.partial.glob("model-*-of-*.safetensors")):
+            raise ValueError(f"{parts} parts cannot follow parts of {self._parts}")
+        self._parts = parts
 
     def restore(self, part: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the report of a committed part, or None if it is not committed.
 
         part: from 0. Raises CheckpointError if the part is damaged.
         """
-        path = self._path(part)
-        if not path.exists():
+        path, report = self._path(part), self._report_path(part)
+        if not (path.exists() and report.exists()):
             return None
         with open_shard(path, hint="pass `--fresh` to start over") as shard:
-            report = json.loads(shard.metadata()["report"])
             names = shard.keys()
-            return {name: shard.get_tensor(name) for name in names}, report
+            tensors = {name: shard.get_tensor(name) for name in names}
+        return tensors, json.loads(report.read_bytes())
 
     def commit(self, part: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
         """Store a part durably.
@@ -82,10 +94,11 @@ class CheckpointWriter:
 
         Raises ResourceError, and keeps the earlier parts, if the disk is full or read-only.
         """
-        metadata = {"format": "pt", "report": json.dumps(report)}
-        path = self._path(part)
-        with self._replacing(path) as file:
-            write_safetensors(file, tensors, metadata)
+        # Beside the shard, not in it: reports hold times, and a shard is to depend on its weights
+        # alone. The shard comes last, as its presence says that the part is whole.
+        self._write_json(self._report_path(part).name, report)
+        with self._replacing(self._path(part)) as file:
+            write_safetensors(file, tensors, {"format": "pt"})
 
     def finalize(
         self, *, config: dict[str, Any], side_files: dict[str, Path], expected: Iterable[str]
@@ -138,6 +151,8 @@ class CheckpointWriter:
         with self._writing(self.target):
             if os.path.lexists(self.target):
                 raise CheckpointError(f"`{self.target}` already exists")
+            for report in self.partial.glob(REPORTS.format("*")):
+                report.unlink()
             os.rename(self.partial, self.target)
             (self.target / STAMP).unlink()
             _flush_directory(self.target.parent)
@@ -162,6 +177,9 @@ class CheckpointWriter:
         if not 0 <= part < self._parts:
             raise ValueError(f"part {part} of {self._parts}")
         return self.partial / f"model-{part + 1:05d}-of-{self._parts:05d}.safetensors"
+
+    def _report_path(self, part: int) -> Path:
+        return self.partial / REPORTS.format(f"{part + 1:05d}")
 
     def _lock(self) -> BinaryIO:
         stamp = (self.partial / STAMP).open("a+b")

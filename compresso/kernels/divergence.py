@@ -35,17 +35,6 @@ class Estimate:
     error: float | None
 
 
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Minus the log-probability of every target, in nats.
-
-    logits:  (..., vocabulary), any floating dtype. Not modified.
-    targets: (...) int64.
-
-    Returns (...) float32. Raises NumericalError if the logits hold NaN.
-    """
-    return _pick(_log_probabilities(logits), targets)
-
-
 def token_scores(original: Tensor, compressed: Tensor, targets: Tensor) -> TokenScores:
     """Compare the predictions of two models.
 

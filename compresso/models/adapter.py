@@ -118,6 +118,11 @@ class ModelAdapter:
         """Whether the head has no weights but the embedding's."""
         return f"{self.family.head}.weight" in self.model.all_tied_weights_keys
 
+    @property
+    def head_tensor(self) -> str:
+        """The name in the checkpoint of the head's weight: the embedding's if that is all."""
+        return self._stored[f"{self.family.head}.weight"]
+
     def block_prefix(self, index: int) -> str:
         """What the tensors of block `index` start with in the checkpoint: `model.layers.0.`."""
         return f"{self.blocks_prefix}{index}."
@@ -189,9 +194,8 @@ class ModelAdapter:
         """Replace the weight of the head by a copy of `weight`, (vocabulary, d), for `logits`."""
         if self.tied:
             raise ValueError("a tied head has no weight of its own")
-        name = f"{self.family.head}.weight"
         copied = nn.Parameter(weight.to(self.device, self.dtype, copy=True), requires_grad=False)
-        self._outside[self._stored[name]] = copied
+        self._outside[self.head_tensor] = copied
 
     def enter(self, source: Checkpoint, tokens: Tensor) -> tuple[Tensor, list[BlockArguments]]:
         """Run everything before the blocks.

@@ -63,7 +63,8 @@ def print_inspection(found: dict[str, Any]) -> None:
         shown["packed"] = "none: all weights are dense"
     console.print(summary_table(shown, "checkpoint"))
     for number, entry in enumerate(found["history"], start=1):
-        settings = ", ".join(f"{key} {value}" for key, value in entry["settings"].items())
+        given = {key: value for key, value in entry["settings"].items() if value is not None}
+        settings = ", ".join(f"{key} {value}" for key, value in given.items())
         title = f"made by {number}. {entry['stage']} {entry['method']}"
         console.print(
             summary_table({"settings": settings, **entry["summary"], "from": entry["from"]}, title)

@@ -175,8 +175,7 @@ def _write(
     probe = probe_tokens(adapter.config.vocab_size)
     states = enter_blocks(adapter, source, [], probe=probe, budget=0, spill_dir=None)
     parts = _parts(names, adapter.blocks_prefix, len(keep))
-    # The writer's parts are as many as the source has blocks, and one: the last ones are empty.
-    parts += [{} for _ in decision.drop]
+    target.resize(len(parts))
     walk = track(walk_blocks(adapter, source, states, keep=keep), len(keep), "prune")
     for place, part in enumerate(parts):
         next(walk, None)  # runs the block before

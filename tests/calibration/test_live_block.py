@@ -14,7 +14,7 @@ from walking import (
     start,
 )
 
-from compresso.calibration.walk import head_gram, walk_blocks
+from compresso.calibration.walk import walk_blocks
 from compresso.models.families import family_of
 
 
@@ -38,8 +38,6 @@ def test_grams_are_those_of_the_whole_model_with_the_weights_as_they_are(
                 adapter.set_weight(reference, path, weight)
     for batch, expected in enumerate(outputs(model, f"{family.blocks}.{BLOCKS - 1}")):
         assert difference(states[batch], expected) < 1e-5
-    expected = direct_gram(model, family.head)
-    assert difference(head_gram(adapter, source, states).double(), expected) < 1e-5
 
 
 def quantized(source, **options):
@@ -103,7 +101,7 @@ def test_no_linear_is_run_twice_on_the_same_tokens(checkpoints, family_name, tmp
 
 def test_groups_may_be_left_out(models, checkpoints, family_name):
     source, family = checkpoints(family_name), family_of(family_name)
-    for asked in ([2], [3], [1, 3], [0], [2, 3]):
+    for asked in ([2], [3], [0, 1, 3]):
         adapter, states = start(source)
         for block in walk_blocks(adapter, source, states):
             for group in asked:

@@ -38,19 +38,22 @@ def test_memory_stays_bounded(tmp_path, monkeypatch, releasing):
     assert (most < 2 * BATCH_BYTES) == releasing
 
 
-def test_replacing_a_batch_leaves_the_others(tmp_path):
-    store = spilled(tmp_path)
-    for batch in range(BATCHES):
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_replacing_a_batch_leaves_the_others(tmp_path, on_disk):
+    spill_dir = tmp_path if on_disk else None
+    store = Store(7, batch_bytes=5000, device=torch.device("cpu"), spill_dir=spill_dir)
+    for batch in range(7):
         store[batch] = torch.full((4, 8), float(batch), dtype=torch.bfloat16)
-    store[5] = torch.ones(2, 3)
-    assert store[5].dtype == torch.float32 and store[5].eq(1).all()
-    others = [batch for batch in range(BATCHES) if batch != 5]
+    store[5] = torch.ones(2, 3).T
+    assert store[5].dtype == torch.float32 and torch.equal(store[5], torch.ones(3, 2))
+    others = [batch for batch in range(7) if batch != 5]
     assert all(store[batch].eq(batch).all() and store[batch].shape == (4, 8) for batch in others)
+    assert (store.ram_bytes > 0) == (not on_disk)
 
 
-def test_a_store_in_memory_does_not_change_with_what_was_a_view():
+def test_what_is_stored_is_a_copy():
     store = Store(1, batch_bytes=64, device=torch.device("cpu"), spill_dir=None)
-    whole = torch.zeros(4, 4)
-    store[0] = whole[:2]
-    whole.fill_(1)
+    tensor = torch.zeros(4, 4)
+    store[0] = tensor
+    tensor.fill_(1)
     assert store[0].eq(0).all()

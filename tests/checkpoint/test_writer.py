@@ -113,7 +113,7 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
     written = json.loads((target / "model.safetensors.index.json").read_text())
     assert written["metadata"]["total_size"] == checkpoint.stored_bytes == 3 * (96 + 5)
     with safe_open(target / "model-00002-of-00003.safetensors", "pt") as shard:
-        assert shard.metadata() == {"format": "pt", "report": '{"index": 1}'}
+        assert shard.metadata() == {"format": "pt"}
 
 
 def test_files_have_the_usual_access_rights(tmp_path: Path) -> None:

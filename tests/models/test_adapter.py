@@ -199,6 +199,7 @@ def test_the_head_can_be_replaced(models, checkpoints):
     source = checkpoints("gpt_neox")
     adapter = opened(source)
     assert not adapter.tied
+    assert adapter.head_tensor == "embed_out.weight"
     hidden = torch.randn(2, 5, 64)
     before, weight = adapter.logits(source, hidden), torch.randn(128, 64)
     adapter.set_head(weight)
@@ -207,6 +208,7 @@ def test_the_head_can_be_replaced(models, checkpoints):
     assert difference(after, before) > 0.1
     tied = opened(checkpoints("qwen3"))
     assert tied.tied
+    assert tied.head_tensor == "model.embed_tokens.weight"
     with pytest.raises(ValueError, match="a tied head"):
         tied.set_head(weight)
 

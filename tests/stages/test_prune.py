@@ -98,6 +98,8 @@ def test_every_tensor_is_kept_bit_for_bit(checkpoints, tmp_path):
     run(source, tmp_path / "out", "manual", drop=[0, 3])
     places = {1: 0, 2: 1, 4: 2, 5: 3}
     output = Checkpoint(tmp_path / "out")
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert shards == [f"model-{part:05d}-of-00005.safetensors" for part in range(1, 6)]
     expected = {}
     for name in source.names():
         if not name.startswith("model.layers."):

@@ -1,0 +1,150 @@
+"""GPTQ: round a weight matrix so that the outputs of its linear change least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compresso.errors import NumericalError
+from compresso.kernels.descent import descend
+from compresso.kernels.grid import Grid, Packed, fit_grid
+from compresso.kernels.sweep import lattices, round_in_turn, row_slices
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs to know of a gram G: `P G P^T = (F + I)^T diag(pivots) (F + I)`.
+
+    P puts the columns in `order`, and G is damped. A change d of the weights costs
+    `sum_j pivots_j (d_j + sum_{i<j} F_ji d_i)^2`: once the columns before j are rounded, column j
+    is best rounded from its weight plus their changes times row j of F.
+
+    feedback: F, (columns, columns) float32, zero on and above the diagonal.
+    pivots:   (columns,) float32, squared units of the layer's input.
+    order:    (columns,) int64, the columns in the order they are rounded in.
+    """
+
+    feedback: Tensor
+    pivots: Tensor
+    order: Tensor
+
+
+def factorize(gram: Tensor, *, damping: float, act_order: bool = True) -> Factor:
+    """Prepare a gram for `round_gptq`; all linears that read the same input share the result.
+
+    gram:      (columns, columns) float32: the mean of x x^T over tokens. Not modified.
+    damping:   fraction of the diagonal's mean added to it; the mean is over columns whose input
+               was not always zero. Those that were neither affect others nor are affected.
+    act_order: take the columns by falling diagonal: the last ones round with the most error left
+               to them, and matter least.
+
+    The usual way, a Cholesky factor of the inverse, costs four times as much and loses digits to
+    the inversion. This one factors the reversed gram itself. float32 is enough at any sensible
+    damping; if rounding makes a pivot negative, float64 is tried.
+
+    Raises NumericalError if the damped gram is not positive definite; the caller decides whether
+    to try more damping.
+
+    Source: Frantar et al., arXiv:2210.17323, in the form of Chee et al., arXiv:2307.13304, sec. 4.
+    """
+    diagonal = gram.diagonal()
+    order = torch.arange(len(gram), device=gram.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    reverse = order.flip(0)
+    reversed_gram = gram[reverse][:, reverse]
+    live = diagonal != 0
+    mean = torch.where(live.any(), diagonal.sum() / live.sum().clamp(min=1), 1.0)
+    reversed_gram.diagonal().add_(torch.where(live, damping * mean, mean)[reverse])
+    lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+    if failed and gram.dtype != torch.float64:
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram.double())
+    if failed:
+        raise NumericalError(
+            f"gram of {len(gram)} columns is not positive definite at damping {damping:g}",
+            hint="calibrate with more tokens or raise `damping`",
+        )
+    upper = lower.to(gram.dtype).flip(0, 1)
+    roots = upper.diagonal().clone()
+    feedback = upper.t().div(roots[:, None]).tril_(-1)
+    return Factor(feedback, roots.square(), order)
+
+
+def round_gptq(weight: Tensor, factor: Factor, grid: Grid, *, block: int = 32) -> Packed:
+    """Choose codes that nearly minimise tr((W - Q) G (W - Q)^T).
+
+    weight: W, (rows, columns) float32, or float64 like the factor and the grid. Not modified.
+    factor: of the gram G.
+    grid:   codes come from this grid, which is fixed before rounding starts; groups stay in place
+            whatever the order of the columns.
+    block:  columns between matrix products. Changes the speed; changes the codes only through
+            float32 rounding.
+
+    Source: Frantar et al., arXiv:2210.17323, Algorithm 1, with updates in a binary tree of blocks.
+    """
+    rows, columns = weight.shape
+    order, feedback = factor.order, factor.feedback
+    groups = (order // (columns // grid.scale.shape[1])).tolist()
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    for here in row_slices(rows, columns):
+        by_group = lattices(grid.scale[here].t(), grid.zero[here].t(), grid.max_code)
+        lattice = [by_group[group] for group in groups]
+        anchor = weight[here].t()[order]
+        rounded = round_in_turn(anchor.clone(), anchor, feedback, lattice, block=block)
+        codes[here, order] = rounded.t()
+    return Packed(codes, grid)
+
+
+def quantize(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    grid: Literal["mse", "minmax"],
+    damping: float,
+    act_order: bool,
+    scale_dtype: torch.dtype,
+    refine: int = 3,
+) -> Packed:
+    """Fit a grid, round on it and refine both: the `gptq` method.
+
+    weight: (rows, columns) float32: the stacked rows of all linears that read the same input.
+            Not modified.
+    gram:   (columns, columns) float32: the mean of x x^T over tokens of that input. Not modified.
+    refine: passes of `descend`; 0 is plain GPTQ.
+
+    Other arguments as in `fit_grid`, `factorize` and `round_gptq`. Squared errors of the fit are
+    weighted by the root of the gram's diagonal: between all alike, which rounding with feedback
+    comes close to, and the diagonal itself, which is right without feedback.
+
+    Raises NumericalError as `factorize` does.
+    """
+    factor = factorize(gram, damping=damping, act_order=act_order)
+    fitted = fit_grid(
+        weight,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        search=grid,
+        importance=gram.diagonal().sqrt(),
+    )
+    packed = round_gptq(weight, factor, fitted)
+    return descend(weight, packed, gram, damping=damping, passes=refine)
+
+
+def output_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:
+    """Energy of the change of the output over that of the output, on the gram's tokens.
+
+    weight, decoded: (rows, columns) float32. gram: (columns, columns) float32.
+
+    0 is lossless, 1 is what a matrix of zeros has. 0 if the output has no energy.
+    """
+    change = weight - decoded
+    energy = torch.sum((weight @ gram).mul_(weight))
+    return (torch.sum((change @ gram).mul_(change)) / energy).item() if energy > 0 else 0.0

@@ -1,0 +1,87 @@
+"""Rounding columns one after another, with feedback: the loop that GPTQ and descent share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WEIGHTS_AT_ONCE = 2**26  # rows do not depend on each other, so this bounds memory for free
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """What the columns of a group may be rounded to: `scale` times a whole number.
+
+    scale, low, high: (1, rows); low and high are the smallest and the largest of these numbers.
+    """
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def lattices(scale: Tensor, zero: Tensor, max_code: int) -> list[Lattice]:
+    """One for each group; arguments are transposed, (groups, rows)."""
+    rows = zip(scale, zero, strict=True)
+    return [Lattice(s[None], -z[None], max_code - z[None]) for s, z in rows]
+
+
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that hold at most `WEIGHTS_AT_ONCE` weights, where one row does."""
+    step = max(1, WEIGHTS_AT_ONCE // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def round_in_turn(
+    target: Tensor, anchor: Tensor, feedback: Tensor, lattice: list[Lattice], *, block: int
+) -> Tensor:
+    """Round one column after another, each shifted by the changes of those before it.
+
+    target:   (columns, rows): what to round. Overwritten with the changes, which are `anchor`
+              less what was rounded to.
+    anchor:   (columns, rows): what changes are counted from. Not modified.
+    feedback: (columns, columns), zero on and above the diagonal: how much of the change of column
+              i is added to column j before it is rounded. Not modified.
+    lattice:  that of each column.
+    block:    columns between matrix products. Changes the speed, and the result only through the
+              order of sums.
+
+    Returns the codes, (columns, rows) uint8. A column is a row here, so that it is contiguous.
+    """
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+
+    def descend(start: int, stop: int) -> None:
+        count = stop - start
+        if count <= block:
+            here = slice(start, stop)
+            codes[here] = _round_block(
+                target[here], anchor[here], feedback[here, here], lattice[here]
+            )
+            return
+        # A tree of blocks: most of the arithmetic is in the largest, and so fastest, products.
+        middle = start + block * 2 ** ((-(-count // block) - 1).bit_length() - 1)
+        descend(start, middle)
+        target[middle:stop].addmm_(feedback[middle:stop, start:middle], target[start:middle])
+        descend(middle, stop)
+
+    descend(0, len(target))
+    return codes
+
+
+def _round_block(
+    target: Tensor, anchor: Tensor, feedback: Tensor, lattice: list[Lattice]
+) -> Tensor:
+    """As `round_in_turn`, returning the codes as floats: five small operations a column."""
+    levels = torch.empty_like(target)
+    columns = zip(
+        torch.split(target, 1), torch.split(anchor, 1), torch.split(levels, 1), lattice, strict=True
+    )
+    for index, (shifted, start, level, grid) in enumerate(columns):
+        if index:
+            shifted.addmm_(feedback[index : index + 1, :index], target[:index])
+        torch.div(shifted, grid.scale, out=level).round_()
+        torch.clamp(level, grid.low, grid.high, out=level)
+        torch.addcmul(start, level, grid.scale, value=-1, out=shifted)
+    return levels.sub_(torch.cat([grid.low for grid in lattice]))
