@@ -89,6 +89,11 @@ def show_report(report: Report, title: str) -> None:
         console.print(comparison_table(report.rows, title))
         _show_samples(report, console)
         return
+    if any("angles" in row for row in report.rows):
+        from compresso.stages.heatmap import analysis_view
+
+        console.print(analysis_view(report, width=console.width))
+        return
     if report.rows and "block" in report.rows[0] and "linear" not in report.rows[0]:
         console.print(rows_table(report.rows[:MOST_ROWS_SHOWN], title))
     if report.summary:

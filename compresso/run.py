@@ -13,7 +13,8 @@ from typing import Any
 
 from compresso import registry
 from compresso.calibration.data import Calibration, load_calibration, load_heldout
-from compresso.checkpoint.proof import prove
+from compresso.calibration.replay import replay
+from compresso.checkpoint.proof import ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
@@ -182,14 +183,7 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         side_files = work.source.side_files()
         side_files.pop(ROWS, None)
         writer.finalize(config=report.config, side_files=side_files, expected=report.expected)
-        proof = prove(
-            writer.partial,
-            report.fingerprint,
-            dtype=work.runtime.compute_dtype(work.source.dtype),
-            device=work.runtime.device,
-            trust_remote_code=work.runtime.trust_remote_code,
-            carried=report.carried,
-        )
+        proof = _prove(work, writer.partial, report)
         proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
         writer.write_record(work.record(report) | proved)
@@ -205,6 +199,34 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             hint="run the same command again to go on from there",
         ) from None
     return report
+
+
+def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
+    """Hold what was written against the model in memory, within the memory budget.
+
+    A model that fits it is loaded whole, as users load it, and generates. A larger one is run block
+    by block.
+    """
+    assert report.fingerprint is not None
+    runtime, written = work.runtime, Checkpoint(path)
+    dtype = runtime.compute_dtype(work.source.dtype)
+    if written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory:
+        return prove(
+            path,
+            report.fingerprint,
+            dtype=dtype,
+            device=runtime.device,
+            trust_remote_code=runtime.trust_remote_code,
+            carried=report.carried,
+        )
+    logits = replay(
+        written,
+        report.fingerprint.tokens,
+        dtype=dtype,
+        device=runtime.device,
+        trust_remote_code=runtime.trust_remote_code,
+    )
+    return compare(path, logits, report.fingerprint, dtype)
 
 
 def _write_report(work: _Work, target: Path) -> Report:

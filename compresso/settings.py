@@ -46,7 +46,10 @@ class RuntimeSettings:
     ] = "auto"
     max_memory: Annotated[
         str,
-        limit(description="Most memory for hidden states, such as `2GB`; more goes to disk."),
+        limit(
+            description="Most memory for hidden states, such as `2GB`; more goes to disk. A result"
+            " that is larger is proved block by block."
+        ),
     ] = "4GB"
     trust_remote_code: Annotated[
         bool, limit(description="Run model code that comes with the checkpoint.")
@@ -192,6 +195,10 @@ class GptqSettings:
     act_order: Annotated[
         bool, limit(description="Round the columns of largest input first; groups stay in place.")
     ] = True
+    refine: Annotated[
+        int,
+        limit(ge=0, le=100, description="Passes over codes and scales afterwards; 0: plain GPTQ."),
+    ] = 3
     ignore: Ignore = ()
     lm_head: Head = False
     pack: Pack = True

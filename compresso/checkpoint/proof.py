@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,14 +59,15 @@ class ProofReport:
     difference: largest absolute difference of a logit. tolerance: the largest allowed.
     top_agreement: share of positions with the same most likely token.
     cache_difference: largest absolute difference of a logit generated with and without a cache.
-    generated: tokens generated both ways before a near-tie, if any, ended the comparison.
+    generated: tokens generated both ways before a near-tie, if any, ended the comparison. Both are
+               None for a model that was run block by block, which cannot generate.
     """
 
     difference: float
     tolerance: float
     top_agreement: float
-    cache_difference: float
-    generated: int
+    cache_difference: float | None = None
+    generated: int | None = None
 
 
 def prove(
@@ -98,17 +99,9 @@ def prove(
                 parameter.data = parameter.data.to(dtype)
         model.to(device).eval()
         tokens = fingerprint.tokens.to(device)
-        logits = model(input_ids=tokens).logits.float().cpu()
-        difference, limit = _compare(path, logits, fingerprint.logits.cpu(), dtype)
-        agree = logits.argmax(-1) == fingerprint.logits.cpu().argmax(-1)
+        found = compare(path, model(input_ids=tokens).logits.float().cpu(), fingerprint, dtype)
         generated, cache_difference = _generate(path, model, tokens, dtype)
-    return ProofReport(
-        difference=difference,
-        tolerance=limit,
-        top_agreement=float(agree.float().mean()),
-        cache_difference=cache_difference,
-        generated=generated,
-    )
+    return replace(found, generated=generated, cache_difference=cache_difference)
 
 
 def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) -> Any:
@@ -132,10 +125,16 @@ def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) ->
     return model
 
 
-def _compare(
-    path: Path, logits: Tensor, expected: Tensor, dtype: torch.dtype
-) -> tuple[float, float]:
-    """The largest difference of a logit, and the limit that it is within."""
+def compare(
+    path: Path, logits: Tensor, fingerprint: Fingerprint, dtype: torch.dtype
+) -> ProofReport:
+    """Hold what a reloaded checkpoint says against what the model in memory said.
+
+    logits: (1, T, V) float32. dtype: the type both were computed in.
+
+    Raises GateError if a logit differs by more than the type's tolerance.
+    """
+    expected = fingerprint.logits.cpu()
     if logits.shape != expected.shape:
         raise GateError(
             f"`{path}` gives logits of shape {tuple(logits.shape)}, not {tuple(expected.shape)}"
@@ -148,7 +147,8 @@ def _compare(
             f"`{path}` is not the model it was in memory: logits differ by up to {difference:.3g} "
             f"(limit {limit:.3g})"
         )
-    return difference, limit
+    agree = logits.argmax(-1) == expected.argmax(-1)
+    return ProofReport(difference, limit, float(agree.float().mean()))
 
 
 def _generate(path: Path, model: Any, tokens: Tensor, dtype: torch.dtype) -> tuple[int, float]:

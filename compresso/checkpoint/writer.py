@@ -24,6 +24,7 @@ from compresso.errors import CheckpointError, ResourceError
 
 STAMP = "key"
 TEMPORARY = ".tmp"
+PARTS = "model-*-of-*.safetensors"
 REPORTS = "report-{}.json"
 
 
@@ -61,7 +62,7 @@ class CheckpointWriter:
                 )
             self._stamp = self._lock()
             self._begin(f"{key} {parts}\n", fresh=fresh)
-            for path in self.partial.glob("model-*-of-*.safetensors"):
+            for path in self.partial.glob(PARTS):
                 self._parts = int(path.stem.rpartition("-")[2])
 
     def resize(self, parts: int) -> None:
@@ -69,7 +70,7 @@ class CheckpointWriter:
 
         Raises ValueError if a part of another number of parts is committed.
         """
-        if parts != self._parts and any(self.partial.glob("model-*-of-*.safetensors")):
+        if parts != self._parts and any(self.partial.glob(PARTS)):
             raise ValueError(f"{parts} parts cannot follow parts of {self._parts}")
         self._parts = parts
 
@@ -151,10 +152,10 @@ class CheckpointWriter:
         with self._writing(self.target):
             if os.path.lexists(self.target):
                 raise CheckpointError(f"`{self.target}` already exists")
-            for report in self.partial.glob(REPORTS.format("*")):
-                report.unlink()
             os.rename(self.partial, self.target)
-            (self.target / STAMP).unlink()
+            for name in (REPORTS.format("*"), STAMP):  # of no use to others, and no harm if left
+                for path in self.target.glob(name):
+                    path.unlink()
             _flush_directory(self.target.parent)
         self.close()
 
@@ -203,11 +204,9 @@ class CheckpointWriter:
                 f"`{self.partial}` was left by a different run",
                 hint="pass `--fresh` to throw it away, or give another `-o`",
             )
-        kept = (
-            {STAMP} if fresh else {STAMP, *(self._path(part).name for part in range(self._parts))}
-        )
         for entry in self.partial.iterdir():
-            if entry.name in kept:
+            committed = entry.match(PARTS) or entry.match(REPORTS.format("*"))
+            if entry.name == STAMP or (committed and not fresh):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)

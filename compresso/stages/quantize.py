@@ -93,6 +93,7 @@ def quantize(
     report.rows += rows
     report.config = work.config()
     report.expected = work.expected()
+    report.carried = adapter.unmapped_tensors()
     report.fingerprint = Fingerprint(probe, work.logits(states))
     report.summary = _summary(report.rows, plan)
     return report

@@ -179,7 +179,32 @@ def test_a_committed_part_is_restored(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in part(1).items())
     assert second.restore(0) is None and second.restore(2) is None
     left = sorted(path.name for path in second.partial.iterdir())
-    assert left == ["key", "model-00002-of-00003.safetensors"]
+    assert left == ["key", "model-00002-of-00003.safetensors", "report-00002.json"]
+
+
+def test_a_part_does_not_depend_on_its_report(tmp_path: Path) -> None:
+    written = []
+    for seconds in (1.25, 9.75):
+        writer = CheckpointWriter(tmp_path / f"{seconds}", key="k", parts=1)
+        writer.commit(0, part(0), {"seconds": seconds})
+        written.append((writer.partial / "model-00001-of-00001.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_another_number_of_parts(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "m", key="k", parts=5) as writer:
+        writer.resize(2)
+        writer.commit(0, part(0), {"n": 0})
+        writer.resize(2)
+        with pytest.raises(ValueError, match="5 parts cannot follow parts of 2"):
+            writer.resize(5)
+    with CheckpointWriter(tmp_path / "m", key="k", parts=5) as writer:
+        assert writer.restore(0) is not None and writer.restore(1) is None
+        writer.resize(2)
+        writer.commit(1, part(1), {"n": 1})
+        writer.finalize(config=CONFIG, side_files={}, expected=[*part(0), *part(1)])
+        writer.publish()
+    assert Checkpoint(tmp_path / "m").info("layers.1.codes").shard.endswith("-of-00002.safetensors")
 
 
 def test_a_kill_in_the_middle_of_a_commit(tmp_path: Path) -> None:

@@ -113,7 +113,10 @@ def test_no_room_for_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
     assert sorted(path.name for path in writer.partial.iterdir()) == [
         "key",
         "model-00001-of-00002.safetensors",
+        "report-00001.json",
+        "report-00002.json",
     ]
+    assert writer.restore(1) is None
     writer.commit(1, part(1), {})
     assert writer.restore(1) is not None
 
@@ -124,7 +127,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (writer.partial / "model-00001-of-00001.safetensors.tmp").symlink_to("/dev/full")
     with pytest.raises(ResourceError, match="No space left on device"):
         writer.commit(0, {"a": torch.zeros(1 << 16)}, {})
-    assert [path.name for path in writer.partial.iterdir()] == ["key"]
+    assert not list(writer.partial.glob("model*"))
+    assert writer.restore(0) is None
 
 
 def test_no_place_for_the_target(tmp_path: Path) -> None:
