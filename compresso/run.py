@@ -28,7 +28,6 @@ from compresso.settings import CalibrationSettings
 from compresso.workspace import check_output
 
 ROWS = "compresso-report.csv"
-ALL_WINDOWS = 10**9
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,12 @@ def load_data(
     if step.stage == "eval":
         held_out = CalibrationSettings(
             dataset=step.settings.dataset,
-            samples=step.settings.samples or ALL_WINDOWS,
+            samples=step.settings.samples or CalibrationSettings.samples,
             length=step.settings.length,
             seed=step.settings.seed,
         )
-        data = load_heldout(held_out, source, trust_remote_code=trust)
+        whole = step.settings.samples is None
+        data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust)
     elif registry.method(step.stage, step.method).calibrated:
         data = load_calibration(calibration, source, trust_remote_code=trust)
     else:

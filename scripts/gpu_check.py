@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from compresso import __version__
 from compresso.checkpoint.reader import Checkpoint
 from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtime import format_bytes, make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
-from rich.console import Console
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 WHOLE_MODEL_BLOCKS = 32
 VOCABULARY = 1024

@@ -79,12 +79,18 @@ def load_calibration(
 
 
 def load_heldout(
-    settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
+    settings: CalibrationSettings,
+    source: Checkpoint,
+    *,
+    whole: bool = False,
+    trust_remote_code: bool = False,
 ) -> Calibration:
     """Windows of the dataset's held-out text, end to end and in order, without the tail.
 
     With fewer `samples` than windows, evenly spaced ones. `samples` may be larger than what the
     text holds; the record says how many were used.
+
+    whole: take all windows, whatever `samples` says.
 
     Raises as `load_calibration` does.
     """
@@ -96,9 +102,11 @@ def load_heldout(
         available = len(stream)
         _check_long_enough(available, length, dataset)
         windows = stream[: available // length * length].reshape(-1, length)
-    used = min(settings.samples, len(windows))
+    used = len(windows) if whole else min(settings.samples, len(windows))
     spaced = torch.arange(used) * len(windows) // used
-    record = {"dataset": dataset, "split": "held out", "sequences_asked": settings.samples}
+    record: dict[str, Any] = {"dataset": dataset, "split": "held out"}
+    if not whole:
+        record["sequences_asked"] = settings.samples
     return _batched(windows[spaced], settings.batch_size, record, available, source)
 
 

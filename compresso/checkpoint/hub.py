@@ -82,7 +82,7 @@ def _download(repository: str, revision: str | None) -> Path:
         problem = f"`{repository}` is neither a directory nor a hub name"
     except (
         HfHubHTTPError,
-        HTTPError,  # of whichever HTTP library the hub uses
+        HTTPError,
         LocalEntryNotFoundError,
         RevisionResolutionError,
         ConnectionError,

@@ -73,12 +73,7 @@ def analyze(
     }
     report.files["analysis"] = FILE
     if plot:
-        title = (
-            f"{source.path.name}: {adapter.count} blocks, {source.parameters / 1e6:,.1f} M"
-            f" parameters; on {scores.tokens:,} tokens of"
-            f" {Path(calibration.record['dataset']).name}"
-        )
-        for path in draw_analysis(report, target, title=title):
+        for path in draw_analysis(report, target, title=_title(source, report, calibration)):
             report.files[path.suffix.removeprefix(".")] = path.name
     record = {
         "source": {"path": str(source.path), "key": source.key},
@@ -89,6 +84,14 @@ def analyze(
     }
     (target / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _title(source: Checkpoint, report: Report, calibration: Calibration) -> str:
+    return (
+        f"{source.path.name}: {report.summary['blocks']} blocks, {source.parameters / 1e6:,.1f} M"
+        f" parameters; on {report.summary['tokens']:,} tokens of"
+        f" {Path(calibration.record['dataset']).name}"
+    )
 
 
 def _rows(scores: BlockScores, parameters: list[int]) -> list[dict[str, Any]]:

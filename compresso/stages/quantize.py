@@ -78,9 +78,8 @@ def quantize(
     def restore(index: int) -> dict[str, Tensor] | None:
         if (part := target.restore(index)) is None:
             return None
-        tensors, rows = part
-        report.rows += rows["rows"]
-        return layout.to_dense(tensors, plan.scheme)
+        report.rows += part[1]["rows"]
+        return layout.to_dense(part[0], plan.scheme)
 
     blocks = walk_blocks(adapter, source, states, restore=restore)
     for block in track(blocks, adapter.count, f"quantize {step.method}"):
@@ -207,6 +206,7 @@ class _Work:
 
     def logits(self, states: States) -> Tensor:
         """What the quantized model in memory says on the probe tokens."""
+        assert states.probe is not None
         return self.adapter.logits(self.source, states.probe)
 
     def config(self) -> dict[str, Any]:

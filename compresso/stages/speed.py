@@ -83,10 +83,10 @@ def _measure(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", trust_remote_code=trust_remote_code
     )
-    model = model.to(device).eval()
+    model.to(device).eval()
     prompt = torch.tensor(prompt_ids, device=device)
     with torch.inference_mode():
         # The first pass pays for allocation and, for packed weights, for unpacking.

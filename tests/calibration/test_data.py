@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from compresso.calibration.data import load_calibration, load_heldout, model_length
 from compresso.calibration.stdlib import is_held_out, stdlib_files
 from compresso.calibration.text import documents
@@ -37,7 +38,7 @@ def test_crops_repeat_by_seed_and_come_from_the_text(reference, text):
     assert first.key == again.key != other.key
     tokens = torch.cat(first.batches)
     assert tokens.shape == (6, 32) and tokens.dtype == torch.int64
-    whole = torch.cat(load_heldout(settings(dataset=text, samples=10**6), reference).batches)
+    whole = torch.cat(load_heldout(settings(dataset=text), reference, whole=True).batches)
     stream = whole.reshape(-1).unfold(0, 32, 1)
     # Windows are every 32nd run of the same tokens; each crop stands somewhere in them.
     assert all((stream == crop).all(1).any() for crop in tokens[:3])
@@ -50,7 +51,7 @@ def test_counts_are_recorded(reference, text):
 
 
 def test_windows_are_in_order_without_the_tail(reference, text):
-    whole = load_heldout(settings(dataset=text, samples=10**6), reference)
+    whole = load_heldout(settings(dataset=text), reference, whole=True)
     windows = torch.cat(whole.batches)
     assert len(windows) == whole.record["tokens_available"] // 32
     some = torch.cat(load_heldout(settings(dataset=text, samples=4), reference).batches)

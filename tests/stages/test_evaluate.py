@@ -4,18 +4,19 @@ import math
 import shutil
 from pathlib import Path
 
-import compresso
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+import compresso
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, GateError
 from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config
 
 REFERENCE = Path(compresso.__file__).parent / "reference"
 

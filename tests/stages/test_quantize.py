@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
 from compresso.checkpoint.reader import Checkpoint
 from compresso.config import build
 from compresso.errors import ConfigError, NumericalError
@@ -13,7 +15,6 @@ from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 SIZES = {
     "vocab_size": 64,
