@@ -216,7 +216,7 @@ class EvalSettings:
     dataset: Dataset = "auto"
     samples: Annotated[
         int | None, limit(ge=1, description="Windows to read; all of the text if not given.")
-    ] = 128
+    ] = None
     length: Length = None
     seed: Seed = 0
     against: Annotated[

@@ -24,7 +24,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32, device=codes.device)
     step = max(1, CODES_AT_ONCE // columns)
     for start in range(0, rows, step):
-        part = pad(codes[start : start + step].contiguous(), (0, -columns % 8)).view(torch.int64)
+        part = _resize(codes[start : start + step], columns + -columns % 8).view(torch.int64)
         for width, used, mask in _halvings(bits):
             part = (part & mask) | (((part >> width) & mask) << used)
         stream = part.view(torch.uint8).view(*part.shape, 8)[..., :bits].flatten(1)
@@ -69,5 +69,11 @@ def _halvings(bits: int) -> list[tuple[int, int, int]]:
 
 
 def _resize(stream: Tensor, size: int) -> Tensor:
-    """Cut the rows of a stream of bytes, or continue them with zeros, to `size` bytes."""
-    return pad(stream, (0, size - stream.shape[1])).contiguous()
+    """The rows of a stream of bytes cut, or continued with zeros, to `size` bytes.
+
+    A copy: a lone row counts as contiguous whatever its stride, and then cannot be viewed as words.
+    """
+    resized = stream.new_zeros(len(stream), size)
+    kept = min(size, stream.shape[1])
+    resized[:, :kept] = stream[:, :kept]
+    return resized
