@@ -31,7 +31,7 @@ HELP = {
     Writes a smaller checkpoint of the same kind, that loads wherever MODEL does.""",
     "quantize": """Store the linear weights of MODEL's blocks in few bits.
 
-    Writes a checkpoint of packed weights, that loads in transformers and vLLM.""",
+    Writes a checkpoint of packed weights, that loads in plain transformers.""",
     "eval": """Measure MODEL against its original: perplexity, distance, speed and size.
 
     Writes a report directory. With `--assert`, fails if a limit is not kept.""",

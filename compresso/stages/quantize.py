@@ -191,8 +191,8 @@ class _Work:
         tensors = self.source.load(adapter.outside_tensors() + adapter.unmapped_tensors())
         if not self.plan.head:
             return tensors, []
-        name = adapter.family.head
-        weight = self._matrix(tensors.pop(f"{name}.weight"))
+        weight = self._matrix(tensors.pop(adapter.head_tensor))
+        name = adapter.head_tensor.removesuffix(".weight")
         gram = self._head_gram(states) if self.calibrated else None
         stored, decoded, rows = self._quantize_group([name], [weight], gram)
         adapter.set_head(decoded[0])
@@ -202,6 +202,7 @@ class _Work:
         total = GramSum(states.width, self.adapter.device)
         for batch in range(states.batches):
             total.add(self.adapter.head_input(self.source, states[batch]))
+            states.release(batch)
         return total.mean()
 
     def logits(self, states: States) -> Tensor:
@@ -228,7 +229,7 @@ class _Work:
             for path in paths
         }
         if self.plan.head:
-            quantized.add(adapter.family.head)
+            quantized.add(adapter.head_tensor.removesuffix(".weight"))
         names: list[str] = []
         for name in self.source.names():
             path = name.removesuffix(".weight")
