@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -161,7 +162,9 @@ class _Work:
 
     def run(self, target: CheckpointWriter | Path) -> Report:
         stage = registry.load(registry.stage(self.step.stage).code)
+        started = time.perf_counter()
         report: Report = stage(self.source, self.step, self.data, target, self.runtime)
+        report.summary["seconds"] = time.perf_counter() - started
         return report
 
     def record(self, report: Report) -> dict[str, Any]:

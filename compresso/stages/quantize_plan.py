@@ -98,6 +98,11 @@ def _check_head(adapter: ModelAdapter, group_size: int) -> None:
             "the output head shares its weights with the embedding, which stays dense",
             hint="leave out `--lm-head`",
         )
+    if adapter.family.transposed:
+        raise ConfigError(
+            f"the output head of `{adapter.config.model_type}` cannot be quantized",
+            hint="leave out `--lm-head`",
+        )
     columns = adapter.model.get_output_embeddings().weight.shape[1]
     if group_size != -1 and columns % group_size:
         raise ConfigError(
