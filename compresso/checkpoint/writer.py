@@ -160,8 +160,13 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another process continue; what was committed stays."""
+        """Let another process continue; what was committed stays, and nothing if nothing was."""
+        if not self._stamp.closed and [path.name for path in self._left()] == [STAMP]:
+            shutil.rmtree(self.partial)
         self._stamp.close()
+
+    def _left(self) -> list[Path]:
+        return list(self.partial.iterdir()) if self.partial.is_dir() else []
 
     def __enter__(self) -> Self:
         return self
