@@ -133,6 +133,7 @@ def quantize(
         scale_dtype=scale_dtype,
         search=grid,
         importance=gram.diagonal().sqrt(),
+        power=3,
     )
     packed = round_gptq(weight, factor, fitted)
     return descend(weight, packed, gram, damping=damping, passes=refine)

@@ -82,6 +82,7 @@ def fit_grid(
     scale_dtype: torch.dtype,
     search: Literal["mse", "minmax"] = "mse",
     importance: Tensor | None = None,
+    power: int = 2,
 ) -> Grid:
     """Fit a grid to every run of `group_size` columns of every row.
 
@@ -91,6 +92,7 @@ def fit_grid(
     search:      "minmax" spans the extremes of the group and 0; "mse" then looks for the least
                  sum of squared errors, which is never more than that of "minmax".
     importance:  (columns,) float32, factors of the squared errors in that sum; all 1 if None.
+    power:       of the errors in that sum, if not squares; the higher, the wider the grid.
 
     A group of zeros decodes to exactly zero. Every decoded weight is finite.
 
@@ -117,7 +119,8 @@ def fit_grid(
             tile = part.t().reshape(-1, size, len(part)).contiguous()
             found = _span_extremes(tile, bits, symmetric, store)
             if search == "mse":
-                found = _search(tile, weights.view(-1, 1, size), found, bits, symmetric, store)
+                trial = _Trial(tile, weights.view(-1, 1, size), bits, store, power)
+                found = _search(trial, found, symmetric)
             here = slice(group, group + tile_groups), slice(row, row + tile_rows)
             scale[here], zero[here] = found
     return Grid(scale.t().contiguous(), zero.t().contiguous(), bits, scale_dtype)
@@ -186,29 +189,21 @@ def _span_extremes(
 
 
 def _search(
-    tile: Tensor,
-    importance: Tensor,
-    extremes: tuple[Tensor, Tensor],
-    bits: int,
-    symmetric: bool,
-    store: Callable[[Tensor], Tensor],
+    trial: _Trial, extremes: tuple[Tensor, Tensor], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """The grid of least squared error: scale and zero, each (groups, rows).
+    """The grid of least error of a tile, (groups, size, rows): scale and zero, each (groups, rows).
 
-    tile:       (groups, size, rows).
-    importance: (groups, 1, size).
-    extremes:   the "minmax" grid, where the search starts.
+    extremes: the "minmax" grid, where the search starts.
 
     Coarse steps of the scale with both signs or neighbouring zeros, finer ones around the best of
-    these, and last the scale that is best for the codes found, in closed form.
+    these, and last the scale of least squares for the codes found, in closed form.
     """
+    scale, zero = extremes
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=tile.dtype, device=tile.device).view(-1, 1, 1)
+        return torch.tensor(values, dtype=scale.dtype, device=scale.device).view(-1, 1, 1)
 
-    trial = _Trial(tile, importance, bits, store)
-    scale, zero = extremes
-    widest, narrowest = 1.1, 1 - 0.75 ** (bits - 1)
+    widest, narrowest = 1.1, 1 - 0.75 ** (trial.bits - 1)
     ratio = (narrowest / widest) ** (1 / (COARSE_STEPS - 1))
     factors, shifts = [1.0], [0.0]
     for step in range(COARSE_STEPS):
@@ -223,18 +218,28 @@ def _search(
 
 
 class _Trial:
-    """One tile, with room to try grids on it."""
+    """One tile, (groups, size, rows), with room to try grids on it.
+
+    importance: (groups, 1, size).
+    """
 
     def __init__(
-        self, tile: Tensor, importance: Tensor, bits: int, store: Callable[[Tensor], Tensor]
+        self,
+        tile: Tensor,
+        importance: Tensor,
+        bits: int,
+        store: Callable[[Tensor], Tensor],
+        power: int,
     ) -> None:
         # Errors are relative to the largest weight of each group: no square of one underflows.
         peak = tile.abs().amax(1)
         self.peak = torch.where(peak > 0, peak, 1.0)
         self.values = tile / self.peak[:, None]
         self.importance = importance
+        self.bits = bits
         self.max_code = 2**bits - 1
         self.store = store
+        self.power = power
         self.levels = torch.empty_like(self.values)
         self.change = torch.empty_like(self.values)
 
@@ -247,7 +252,7 @@ class _Trial:
             step = steps[index, :, None]
             self._round(step, low[index, :, None], high[index, :, None])
             torch.addcmul(self.values, self.levels, step, value=-1, out=self.change)
-            errors[index] = torch.bmm(self.importance, self.change.square_())[:, 0]
+            errors[index] = torch.bmm(self.importance, self.change.abs_().pow_(self.power))[:, 0]
         least = errors.min(0, keepdim=True).indices  # many times faster than argmin
         return scales.gather(0, least)[0], zeros.gather(0, least)[0]
 

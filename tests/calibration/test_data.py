@@ -73,7 +73,7 @@ def test_token_file(reference, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds 10 sequences, fewer than the 11"):
         load_calibration(settings(dataset=str(tmp_path / "t.npy"), samples=11), reference)
     np.save(tmp_path / "big.npy", tokens + 5000)
-    with pytest.raises(ConfigError, match=r"token 5319, but the model's vocabulary ends at 4095"):
+    with pytest.raises(ConfigError, match=r"token 5191, but the model's vocabulary ends at 4095"):
         load_calibration(settings(dataset=str(tmp_path / "big.npy")), reference)
     np.save(tmp_path / "f.npy", np.zeros((2, 32)))
     with pytest.raises(CheckpointError, match="not token ids"):

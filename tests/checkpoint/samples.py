@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compresso.kernels.grid import Grid, Packed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from compresso.checkpoint.layout import Scheme
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.writer import CheckpointWriter
+from compresso.kernels.grid import Grid, Packed
 
 CONFIG = {"model_type": "llama", "dtype": "bfloat16"}
 

@@ -198,7 +198,7 @@ def test_quantize_beats_its_steps(bits, symmetric, group_size):
     grid = fit(weight, bits=bits, symmetric=symmetric, group_size=group_size)
     nearest = output_error(weight, round_to_grid(weight, grid).decode(), gram)
     assert output_error(weight, plain.decode(), gram) < 0.8 * nearest
-    assert loss(weight, refined, gram) < (0.95 if bits == 2 else 0.99) * loss(weight, plain, gram)
+    assert loss(weight, refined, gram) < (0.97 if bits == 2 else 0.99) * loss(weight, plain, gram)
     assert torch.equal(refined.grid.scale.bfloat16().float(), refined.grid.scale)
     assert refined.codes.max() <= refined.grid.max_code
 
