@@ -155,8 +155,10 @@ def free_memory() -> int:
 def quiet_libraries() -> None:
     """Silence the logs and bars of the libraries underneath, unless the user set them.
 
-    Takes effect on libraries that are imported later. Download bars stay on a terminal.
+    Takes effect on libraries that are imported later. Download bars stay on a terminal. Threads
+    that wait let other programs have the core: spinning ones make a busy machine many times slower.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
