@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,6 +26,14 @@ from transformers import LlamaConfig
 HIDDEN, INNER, BLOCKS, HEADS, VOCABULARY = 2048, 6656, 24, 16, 32000
 BUDGET = 200_000_000
 MARGIN = 300_000_000
+# A process starts with the peak of the one that starts it, so that has to be a small one.
+LAUNCHER = (
+    "import os, subprocess, sys\n"
+    "process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)\n"
+    "_, status, usage = os.wait4(process.pid, 0)\n"
+    "print(usage.ru_maxrss)\n"
+    "sys.exit(status != 0)\n"
+)
 LIBRARIES = "import torch, transformers, compresso.run, compresso.stages.quantize"
 
 
@@ -53,7 +60,11 @@ def main() -> None:
     bound = base + block_bytes() + 4 * INNER**2 + BUDGET + MARGIN
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     console = Console()
-    console.print(f"checkpoint {size / 1e9:.2f} GB, interpreter {base / 1e6:.0f} MB")
+    console.print(
+        f"checkpoint {size / 1e9:.2f} GB, interpreter {base / 1e6:.0f} MB, block in float32"
+        f" {block_bytes() / 1e6:.0f} MB, gram {4 * INNER**2 / 1e6:.0f} MB, budget"
+        f" {BUDGET / 1e6:.0f} MB"
+    )
     table = Table("command", "seconds", "peak memory", "bound")
     for number, (name, command) in enumerate(commands.items()):
         target = ["-o", str(options.work / f"out-{number}")]
@@ -111,12 +122,13 @@ def make_model(path: Path) -> None:
 def measure(command: list[str]) -> tuple[float, int]:
     """Seconds and peak resident bytes of a process. Raises RuntimeError if it fails."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed")
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - start, usage.ru_maxrss * unit
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) * unit
 
 
 if __name__ == "__main__":
