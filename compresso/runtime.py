@@ -6,6 +6,7 @@ imported inside the functions that need it, so that messages cost nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -32,6 +33,8 @@ _UNITS = {
     **{f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)},
 }
 _SECONDS_BETWEEN_LINES = 10.0
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE_TENSOR = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def make_runtime(settings: RuntimeSettings) -> Runtime:
     from transformers.utils import logging
 
     device = _device(settings.device)
+    _return_freed_memory()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -84,6 +88,18 @@ def make_runtime(settings: RuntimeSettings) -> Runtime:
         max_memory=parse_bytes(settings.max_memory),
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give large tensors back to the system when they are freed.
+
+    It raises the size from which it does so each time one is freed, up to 32 MB, and a heap of
+    smaller tensors grows holes: by a block's size per block, measured on one of 115 MB.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_TENSOR)
 
 
 def _device(name: str) -> torch.device:

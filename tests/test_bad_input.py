@@ -196,6 +196,7 @@ def test_output_that_is_something_else(model, text, tmp_path, fails, monkeypatch
 def test_interrupt_says_how_to_go_on(model, text, tmp_path):
     stop = (
         "import signal, sys, os\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from compresso.checkpoint.writer import CheckpointWriter as Writer\n"
         "commit = Writer.commit\n"
         "def stopped(self, part, *rest):\n"

@@ -448,6 +448,7 @@ def test_stopped_by_a_signal(name, here, model):
     """The run says what it saved, exits with 130, and goes on when it is started again."""
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
 from compresso.checkpoint.writer import CheckpointWriter
 commit = CheckpointWriter.commit
 def stopped(self, part, tensors, report):

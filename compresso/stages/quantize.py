@@ -50,8 +50,7 @@ def quantize(
     restarted run takes the committed blocks from `target` and continues after them.
 
     Reports a row per linear: bits, squared error relative to the weight's, and for calibrated
-    methods the relative output error on the calibration tokens, the damping used and how often it
-    had to be raised.
+    methods the relative output error on the calibration tokens and the damping used.
 
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens up to the memory budget.
@@ -86,6 +85,7 @@ def quantize(
         if not block.restored:
             tensors, rows = work.quantize_block(block)
             target.commit(block.index, tensors, {"rows": rows})
+            del tensors  # some of them keep a map of the source's shard
             report.rows += rows
     outside, rows = work.quantize_outside(states)
     target.commit(adapter.count, outside, {"rows": rows})
