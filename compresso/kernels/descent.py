@@ -31,7 +31,7 @@ def descend(
     codes, scale = torch.empty_like(packed.codes), torch.empty_like(grid.scale)
     diagonal = gram.diagonal()
     ridge = damping * diagonal.sum() / (diagonal != 0).sum().clamp(min=1)
-    for here in row_slices(*weight.shape):
+    for here in row_slices(weight):
         state = _Descent(weight[here], packed.codes[here], grid, here)
         for _ in range(passes):
             for group in range(grid.scale.shape[1]):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WEIGHTS_AT_ONCE = 2**26  # rows do not depend on each other, so this bounds memory for free
+# Rows do not depend on each other, so they can be taken in turns to bound memory. A GPU needs more
+# work per launch.
+CPU_WEIGHTS = 2**24
+GPU_WEIGHTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ def lattices(scale: Tensor, zero: Tensor, max_code: int) -> list[Lattice]:
     return [Lattice(s[None], -z[None], max_code - z[None]) for s, z in rows]
 
 
-def row_slices(rows: int, columns: int) -> list[slice]:
-    """Slices of rows that hold at most `WEIGHTS_AT_ONCE` weights, where one row does."""
-    step = max(1, WEIGHTS_AT_ONCE // columns)
+def row_slices(weight: Tensor) -> list[slice]:
+    """Slices of the rows of a matrix, each of a size that bounds the memory of working on it."""
+    rows, columns = weight.shape
+    step = max(1, (CPU_WEIGHTS if weight.device.type == "cpu" else GPU_WEIGHTS) // columns)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

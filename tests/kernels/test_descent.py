@@ -87,7 +87,7 @@ def test_block_size_and_parts_do_not_change_the_result(block, monkeypatch):
     weight, gram = problem(dtype=torch.float64)
     packed = start(weight)
     expected = descend(weight, packed, gram, damping=0.01, passes=2)
-    monkeypatch.setattr(sweep, "WEIGHTS_AT_ONCE", 500)
+    monkeypatch.setattr(sweep, "CPU_WEIGHTS", 500)
     found = descend(weight, packed, gram, damping=0.01, passes=2, block=block)
     assert torch.equal(found.codes, expected.codes)
     torch.testing.assert_close(found.grid.scale, expected.grid.scale, rtol=1e-12, atol=0)
