@@ -149,7 +149,7 @@ Ignore = Annotated[
 ]
 Search = Annotated[
     Literal["mse", "minmax"],
-    limit(description="Fit scales to the least squared error, or to the extremes."),
+    limit(description="Fit scales by search for the least error, or to the extremes."),
 ]
 Head = Annotated[bool, limit(description="Quantize the output head too.")]
 Pack = Annotated[
