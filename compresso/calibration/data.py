@@ -39,10 +39,6 @@ class Calibration:
         """A hash of the token ids and their arrangement."""
         return str(self.record["hash"])
 
-    @property
-    def tokens(self) -> int:
-        return sum(batch.numel() for batch in self.batches)
-
 
 def load_calibration(
     settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
