@@ -31,7 +31,7 @@ class CalibrationSettings:
     length: Length = None
     seed: Seed = 0
     batch_size: Annotated[
-        int | None, limit(ge=1, description="Sequences run at once; about 4096 tokens' worth.")
+        int | None, limit(ge=1, description="Sequences run at once; about 2048 tokens' worth.")
     ] = None
 
 

@@ -1,6 +1,7 @@
-"""Train the bundled reference model: a small Llama on the Python sources of this machine.
+"""Train a reference model: a small Llama, or Qwen2, on the Python sources of this machine.
 
-One command, no download: `python scripts/train_reference.py --out DIR --hours 2`. The text is the
+One command, no download: `python scripts/train_reference.py --out DIR --hours 2`. `--family qwen2`
+is a second architecture to measure on, with biases and a head of its own. The text is the
 standard library and the installed packages of PACKAGES, less the files that compresso holds out
 for evaluation (`compresso.calibration.stdlib.is_held_out`). The model is small enough for two CPU
 cores, so everything here is chosen for loss per hour: Muon on the block matrices, bf16 matmuls
@@ -25,7 +26,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compresso.calibration.stdlib import python_files, stdlib_files
@@ -45,6 +51,27 @@ MICRO_TOKENS, SINGLE_UNTIL = 4096, 0.4  # then two micro batches a step
 WINDOW, SHORT_WINDOW, SHORT_UNTIL = 512, 256, 0.67
 WARM_UP_STEPS, COOL_FROM, FINAL_RATE = 60, 0.6, 0.01
 SNAPSHOT_SECONDS = 600
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def training_texts(seed: int) -> list[str]:
@@ -104,13 +131,13 @@ def prepare(work: Path, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]
     return PreTrainedTokenizerFast.from_pretrained(work), tokens
 
 
-def build_model() -> LlamaForCausalLM:
+def build_model(family: str) -> PreTrainedModel:
     """Make the untrained model, in fp32."""
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    rest = {"num_hidden_layers": 12, "max_position_embeddings": 2 * WINDOW, "rms_norm_eps": 1e-5}
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
-    model = LlamaForCausalLM(LlamaConfig.from_dict(shape | heads | rest | special))
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 2 * WINDOW, **special}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **common, **SHAPES[family])
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -175,7 +202,7 @@ def batches(tokens: np.ndarray, window: int, seed: int) -> Iterator[torch.Tensor
             yield torch.from_numpy(cut.astype(np.int64))
 
 
-def make_loss(model: LlamaForCausalLM, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_loss(model: PreTrainedModel, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the training loss of a batch of windows; compiled, no fp32 logits are stored."""
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
@@ -193,11 +220,11 @@ def rate_at(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - (1 - FINAL_RATE) * cooled)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """Write the model in bf16 with its tokenizer; `target` is replaced whole or not at all."""
     new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    copy = LlamaForCausalLM(model.config).bfloat16()
+    copy = AutoModelForCausalLM.from_config(model.config).bfloat16()
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(new)
     tokenizer.save_pretrained(new)
@@ -209,15 +236,15 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Pa
 
 def train(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Run the training loop until the tokens or the hours are used up."""
-    model = build_model().to(args.device)
+    model = build_model(args.family).to(args.device)
     if args.init:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init).state_dict())
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.init).state_dict())
     if args.device == "cpu":  # there the fused attention's backward costs a third of a step
         model.set_attn_implementation("eager")
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=args.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
     loss_of = make_loss(model, args.compile)
@@ -255,7 +282,7 @@ def train(
 def evaluate(path: Path) -> dict[str, float]:
     """Measure the saved model, in fp32, on the held-out standard library in windows of WINDOW."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     stream = encode(tokenizer, [text for _, text in stdlib_files(held_out=True)])
     windows = torch.from_numpy(stream[: len(stream) // WINDOW * WINDOW].astype(np.int64))
     # In a byte-level vocabulary a token has one character for each byte; END stands for none.
@@ -276,6 +303,7 @@ def main() -> None:
     """Train, save and measure the model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--family", choices=sorted(SHAPES), default="llama")
     parser.add_argument("--tokens", type=float, default=36e6, help="stop after this many tokens")
     parser.add_argument("--hours", type=float, default=1e3, help="or after this many hours")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")

@@ -18,7 +18,7 @@ from compresso.errors import CheckpointError, ConfigError
 from compresso.models.tokenizer import Tokenizer
 from compresso.settings import CalibrationSettings
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 LONGEST_DEFAULT = 2048
 

@@ -81,17 +81,16 @@ class Checkpoint:
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors as they are stored, on the CPU, mapped from the files.
 
+        Each has a map of its own, so that its memory is given back with it and not with the last
+        tensor of its shard.
+
         Raises CheckpointError if one is absent.
         """
-        wanted = list(dict.fromkeys(names))
-        by_shard: dict[str, list[str]] = {}
-        for name in wanted:
-            by_shard.setdefault(self.info(name).shard, []).append(name)
         loaded: dict[str, Tensor] = {}
-        for shard_name, stored in by_shard.items():
-            with open_shard(self.path / shard_name) as shard:
-                loaded.update({name: shard.get_tensor(name) for name in stored})
-        return {name: loaded[name] for name in wanted}
+        for name in dict.fromkeys(names):
+            with open_shard(self.path / self.info(name).shard) as shard:
+                loaded[name] = shard.get_tensor(name)
+        return loaded
 
     def weight_names(self) -> list[str]:
         """Names of the dense model's tensors, sorted. Raises CheckpointError as load_weights."""

@@ -53,23 +53,50 @@ def factorize(gram: Tensor, *, damping: float, act_order: bool = True) -> Factor
     order = torch.arange(len(gram), device=gram.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    reverse = order.flip(0)
-    reversed_gram = gram[reverse[:, None], reverse]
     live = diagonal != 0
     mean = torch.where(live.any(), diagonal.sum() / live.sum().clamp(min=1), 1.0)
-    reversed_gram.diagonal().add_(torch.where(live, damping * mean, mean)[reverse])
-    lower, failed = torch.linalg.cholesky_ex(reversed_gram)
-    if failed and gram.dtype != torch.float64:
-        lower, failed = torch.linalg.cholesky_ex(reversed_gram.double())
-    if failed:
+    ridge = torch.where(live, damping * mean, mean)[order]
+    for dtype in dict.fromkeys((gram.dtype, torch.float64)):
+        feedback = gram[order[:, None], order].to(dtype)
+        feedback.diagonal().add_(ridge)
+        if _factor_in_place(feedback):
+            break
+    else:
         raise NumericalError(
             f"gram of {len(gram)} columns is not positive definite at damping {damping:g}",
             hint="calibrate with more tokens or raise `damping`",
         )
-    del reversed_gram  # as large as everything else here
-    feedback = lower.t().flip(0, 1).to(gram.dtype)
+    feedback = feedback.to(gram.dtype)
     roots = feedback.diagonal().clone()
     return Factor(feedback.div_(roots[:, None]).tril_(-1), roots.square(), order)
+
+
+def _factor_in_place(matrix: Tensor) -> bool:
+    """Overwrite a symmetric matrix by the lower triangular L with L^T L the matrix.
+
+    Makes nothing else as large: a gram and its factor are most of what a block needs. Returns
+    whether the matrix was positive definite; if not, it is spoilt.
+    """
+    # LAPACK has L L^T only, so rows and columns are reversed. It stores by columns: handed the
+    # transpose, which is the same matrix, it works in place and leaves L^T in `matrix`.
+    _reverse(matrix)
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.t(), out=(matrix.t(), failed))
+    _reverse(matrix)
+    return not failed
+
+
+def _reverse(matrix: Tensor, *, step: int = 64) -> None:
+    """Reverse the order of the rows and of the columns of a square matrix, in place."""
+    count = len(matrix)
+    for start in range(0, count // 2, step):
+        stop = min(start + step, count // 2)
+        top, bottom = matrix[start:stop], matrix[count - stop : count - start]
+        held = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(held)
+    if count % 2:
+        matrix[count // 2] = matrix[count // 2].flip(0)
 
 
 def round_gptq(weight: Tensor, factor: Factor, grid: Grid, *, block: int = 32) -> Packed:
@@ -126,7 +153,6 @@ def quantize(
 
     Raises NumericalError as `factorize` does.
     """
-    factor = factorize(gram, damping=damping, act_order=act_order)
     fitted = fit_grid(
         weight,
         bits=bits,
@@ -137,17 +163,28 @@ def quantize(
         importance=gram.diagonal().sqrt(),
         power=3,
     )
+    factor = factorize(gram, damping=damping, act_order=act_order)
     packed = round_gptq(weight, factor, fitted)
+    del factor  # as large as the gram
     return descend(weight, packed, gram, damping=damping, passes=refine)
 
 
-def output_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:
+def relative_error(weight: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
     """Energy of the change of the output over that of the output, on the gram's tokens.
 
-    weight, decoded: (rows, columns) float32. gram: (columns, columns) float32.
+    weight, decoded: (rows, columns), of any floating type; the sums are in float32.
+    gram:            (columns, columns) float32; None for uncorrelated inputs, which gives the
+                     squared error of the weight over its own square.
 
     0 is lossless, 1 is what a matrix of zeros has. 0 if the output has no energy.
     """
-    change = weight - decoded
-    energy = torch.sum((weight @ gram).mul_(weight))
-    return (torch.sum((change @ gram).mul_(change)) / energy).item() if energy > 0 else 0.0
+
+    def energy(rows: Tensor) -> Tensor:
+        return torch.sum(rows.square() if gram is None else (rows @ gram).mul_(rows))
+
+    lost, whole = weight.new_zeros(2, dtype=torch.float32)
+    for here in row_slices(weight):
+        rows = weight[here].float()
+        lost += energy(rows - decoded[here].float())
+        whole += energy(rows)
+    return (lost / whole).item() if whole > 0 else 0.0

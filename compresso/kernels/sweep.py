@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Rows do not depend on each other, so they can be taken in turns to bound memory. A GPU needs more
 # work per launch.
-CPU_WEIGHTS = 2**24
+CPU_WEIGHTS = 2**22
 GPU_WEIGHTS = 2**27
 
 
@@ -55,22 +55,15 @@ def round_in_turn(
     Returns the codes, (columns, rows) uint8. A column is a row here, so that it is contiguous.
     """
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-
-    def descend(start: int, stop: int) -> None:
-        count = stop - start
-        if count <= block:
-            here = slice(start, stop)
-            codes[here] = _round_block(
-                target[here], anchor[here], feedback[here, here], lattice[here]
-            )
-            return
-        # A tree of blocks: most of the arithmetic is in the largest, and so fastest, products.
-        middle = start + block * 2 ** ((-(-count // block) - 1).bit_length() - 1)
-        descend(start, middle)
-        target[middle:stop].addmm_(feedback[middle:stop, start:middle], target[start:middle])
-        descend(middle, stop)
-
-    descend(0, len(target))
+    for number, start in enumerate(range(0, len(target), block), start=1):
+        stop = start + block
+        here = slice(start, stop)
+        codes[here] = _round_block(target[here], anchor[here], feedback[here, here], lattice[here])
+        # A binary tree of blocks: when the left half of a node is done, its right half takes in
+        # the changes at once. So most of the arithmetic is in few, large and fast products.
+        half = block * (number & -number)
+        left, right = slice(stop - half, stop), slice(stop, stop + half)
+        target[right].addmm_(feedback[right, left], target[left])
     return codes
 
 

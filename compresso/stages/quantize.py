@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import NumericalError
-from compresso.kernels.gptq import output_error
+from compresso.kernels.gptq import relative_error
 from compresso.kernels.grid import Packed
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
@@ -117,53 +118,56 @@ class _Work:
         tensors = self.source.load_weights(self.adapter.block_tensors(block.index))
         rows: list[dict[str, Any]] = []
         for paths in self.plan.groups[block.index]:
-            gram = block.gram(paths) if self.calibrated else None
-            weights = [self._matrix(tensors.pop(f"{prefix}{path}.weight")) for path in paths]
-            stored, decoded, measured = self._quantize_group(
-                [f"{prefix}{path}" for path in paths], weights, gram
+            stored, measured = self._quantize_group(
+                [f"{prefix}{path}" for path in paths],
+                [self._matrix(tensors.pop(f"{prefix}{path}.weight")) for path in paths],
+                block.gram(paths) if self.calibrated else None,
+                [partial(self.adapter.set_weight, block.module, path) for path in paths],
             )
             tensors |= stored
             rows += [{"block": block.index, **row} for row in measured]
-            for path, weight in zip(paths, decoded, strict=True):
-                self.adapter.set_weight(block.module, path, weight)
         return tensors, rows
 
     def _quantize_group(
-        self, names: list[str], weights: list[Tensor], gram: Tensor | None
-    ) -> tuple[dict[str, Tensor], list[Tensor], list[dict[str, Any]]]:
-        """Quantize linears that read the same input as one matrix of stacked rows."""
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        gram: Tensor | None,
+        put: list[Callable[[Tensor], None]],
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Quantize linears that read the same input as one matrix of stacked rows.
+
+        put: what takes each linear's decoded weight, (out, in). Empties `weights`.
+        """
         start = time.perf_counter()
         sizes = [len(weight) for weight in weights]
-        stacked = torch.cat(weights).to(self.adapter.device, torch.float32)
+        stacked = torch.empty(sum(sizes), weights[0].shape[1], device=self.adapter.device)
+        for part in reversed(stacked.split(sizes)):
+            part.copy_(weights.pop())
         packed, damping = self._round(stacked, gram, names)
-        # What later blocks see is what a reader of the checkpoint gets: the decoded weights in
-        # the checkpoint's own type.
-        decoded = packed.decode().to(self.source.dtype)
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / len(stacked)
         tensors: dict[str, Tensor] = {}
         rows = []
-        parts = zip(
-            names, stacked.split(sizes), decoded.split(sizes), packed.split(sizes), strict=True
-        )
-        for name, weight, rounded, part in parts:
+        parts = zip(names, put, stacked.split(sizes), packed.split(sizes), strict=True)
+        for name, put_decoded, weight, part in parts:
+            # What later blocks see is what a reader of the checkpoint gets: the decoded weights
+            # in the checkpoint's own type.
+            decoded = part.decode().to(self.source.dtype)
+            put_decoded(decoded)
             if self.pack:
                 tensors |= layout.pack(
                     name, part, self.source.dtype, symmetric=self.plan.scheme.symmetric
                 )
             else:
-                tensors[f"{name}.weight"] = self._matrix(rounded).contiguous().cpu()
-            change = weight - rounded.float()
-            row = {
-                "linear": name,
-                "bits": self.plan.scheme.bits,
-                "weight_error": ((change**2).sum() / (weight**2).sum()).item(),
-            }
+                tensors[f"{name}.weight"] = self._matrix(decoded).contiguous().cpu()
+            row: dict[str, Any] = {"linear": name, "bits": self.plan.scheme.bits}
+            row["weight_error"] = relative_error(weight, decoded)
             if gram is not None:
-                row["output_error"] = output_error(weight, rounded.float(), gram)
+                row["output_error"] = relative_error(weight, decoded, gram)
                 row["damping"] = damping
-            row["seconds"] = seconds * len(weight) / len(stacked)
+            row["seconds"] = seconds * len(weight)
             rows.append(row)
-        return tensors, list(decoded.split(sizes)), rows
+        return tensors, rows
 
     def _round(self, weight: Tensor, gram: Tensor | None, names: list[str]) -> tuple[Packed, float]:
         """Run the method, with ten times the damping where the gram needs it."""
@@ -194,8 +198,7 @@ class _Work:
         weight = self._matrix(tensors.pop(adapter.head_tensor))
         name = adapter.head_tensor.removesuffix(".weight")
         gram = self._head_gram(states) if self.calibrated else None
-        stored, decoded, rows = self._quantize_group([name], [weight], gram)
-        adapter.set_head(decoded[0])
+        stored, rows = self._quantize_group([name], [weight], gram, [adapter.set_head])
         return tensors | stored, rows
 
     def _head_gram(self, states: States) -> Tensor:

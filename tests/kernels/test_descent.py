@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from compresso.kernels import sweep
 from compresso.kernels.descent import descend
+from compresso.kernels.gptq import factorize, round_gptq
 from compresso.kernels.grid import Grid, Packed, fit_grid, round_to_grid
 
 
@@ -125,3 +127,22 @@ def test_arguments_are_not_modified():
     descend(weight, packed, gram, damping=0.01, passes=2)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
+
+
+def test_nothing_outlives_a_call():
+    """A reference cycle would keep the scratch of every call until a collection: a block's size."""
+    weight, gram = problem()
+    packed = start(weight)
+    gc.collect()
+    gc.disable()
+    try:
+        descend(weight, packed, gram, damping=0.01, passes=1)
+        round_gptq(weight, factorize(gram, damping=0.01), packed.grid)
+        held = [item for item in gc.get_objects() if type(item) is torch.Tensor]
+    finally:
+        gc.enable()
+    mine = {id(item) for item in (weight, gram, packed.codes, packed.grid.scale, packed.grid.zero)}
+    leaked = [
+        item.shape for item in held if weight.numel() <= item.numel() and id(item) not in mine
+    ]
+    assert not leaked

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compresso.errors import NumericalError
-from compresso.kernels.gptq import factorize, output_error, quantize, round_gptq
+from compresso.kernels.gptq import factorize, quantize, relative_error, round_gptq
 from compresso.kernels.grid import Grid, fit_grid, round_to_grid
 
 INTEGERS = Grid(torch.ones(1, 1), torch.full((1, 1), 128.0), 8)
@@ -196,8 +196,8 @@ def test_quantize_beats_its_steps(bits, symmetric, group_size):
     plain = quantize(weight, gram, **settings, refine=0)
     refined = quantize(weight, gram, **settings)
     grid = fit(weight, bits=bits, symmetric=symmetric, group_size=group_size)
-    nearest = output_error(weight, round_to_grid(weight, grid).decode(), gram)
-    assert output_error(weight, plain.decode(), gram) < 0.8 * nearest
+    nearest = relative_error(weight, round_to_grid(weight, grid).decode(), gram)
+    assert relative_error(weight, plain.decode(), gram) < 0.8 * nearest
     assert loss(weight, refined, gram) < (0.97 if bits == 2 else 0.99) * loss(weight, plain, gram)
     assert torch.equal(refined.grid.scale.bfloat16().float(), refined.grid.scale)
     assert refined.codes.max() <= refined.grid.max_code
@@ -217,16 +217,16 @@ def test_arguments_are_not_modified():
     held = [tensor.clone() for tensor in (grid.scale, grid.zero, factor.feedback, factor.order)]
     round_gptq(weight, factor, grid)
     quantize(weight, gram, **SETTINGS)
-    output_error(weight, weight + 1, gram)
+    relative_error(weight, weight + 1, gram)
     assert torch.equal(weight, copies[0]) and torch.equal(gram, copies[1])
     for tensor, copy in zip((grid.scale, grid.zero, factor.feedback, factor.order), held,
                             strict=True):  # fmt: skip
         assert torch.equal(tensor, copy)
 
 
-def test_output_error():
+def test_relative_error():
     weight, gram = problem(dtype=torch.float32)
-    assert output_error(weight, weight, gram) == 0.0
-    assert output_error(weight, torch.zeros_like(weight), gram) == pytest.approx(1.0)
-    assert output_error(weight, 1.1 * weight, gram) == pytest.approx(0.01, rel=1e-4)
-    assert output_error(torch.zeros_like(weight), weight, gram) == 0.0
+    assert relative_error(weight, weight, gram) == 0.0
+    assert relative_error(weight, torch.zeros_like(weight), gram) == pytest.approx(1.0)
+    assert relative_error(weight, 1.1 * weight, gram) == pytest.approx(0.01, rel=1e-4)
+    assert relative_error(torch.zeros_like(weight), weight, gram) == 0.0
