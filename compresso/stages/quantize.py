@@ -25,6 +25,7 @@ from compresso.errors import NumericalError
 from compresso.kernels.gptq import relative_error
 from compresso.kernels.grid import Packed
 from compresso.models.adapter import ModelAdapter
+from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track, warn
@@ -118,12 +119,16 @@ class _Work:
         tensors = self.source.load_weights(self.adapter.block_tensors(block.index))
         rows: list[dict[str, Any]] = []
         for paths in self.plan.groups[block.index]:
+            gram = block.gram(paths) if self.calibrated else None
+            for path in paths:  # their place is taken by the decoded ones
+                empty_parameter(block.module, f"{path}.weight")
             stored, measured = self._quantize_group(
                 [f"{prefix}{path}" for path in paths],
                 [self._matrix(tensors.pop(f"{prefix}{path}.weight")) for path in paths],
-                block.gram(paths) if self.calibrated else None,
+                gram,
                 [partial(self.adapter.set_weight, block.module, path) for path in paths],
             )
+            del gram  # not to be there beside the next one
             tensors |= stored
             rows += [{"block": block.index, **row} for row in measured]
         return tensors, rows
