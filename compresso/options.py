@@ -17,7 +17,6 @@ import typer
 
 from compresso import registry
 from compresso.config import describe, fields
-from compresso.errors import ConfigError
 from compresso.gates import split_limits
 from compresso.settings import CalibrationSettings, RuntimeSettings
 
@@ -28,6 +27,7 @@ FLAGS = {
     "symmetric": "--sym/--asym",
 }
 DANGEROUS = ("trust_remote_code",)
+BLOCK_LISTS = {"drop": "3,4,a7", "protect": "first,last", "keep": "3,4"}  # and how they are written
 Limits = Annotated[
     list[str] | None,
     typer.Option(
@@ -54,6 +54,8 @@ ALIASES = {
     "ignore": "ignore-layers fp-layers exclude",
     "ratio": "sparsity pruning-ratio prune-ratio",
     "blocks": "drop-n layers-to-skip",
+    "drop-count": "num-drop",
+    "unit": "target-layer",
     "drop": "drop-layers prune-layers",
     "damping": "damp percdamp damp-percent dampening-frac",
     "act-order": "actorder desc-act",
@@ -108,12 +110,16 @@ def sort_options(stage: str, values: dict[str, Any]) -> Given:
     given = {name: value for name, value in values.items() if value is not None and value != []}
     calibrated = set(_calibration_fields(stage))
     runtime = set(fields(RuntimeSettings))
+    method = registry.stage(stage).methods.get(given.get("method", ""))
+    # The seed of a method is that of its text, too.
+    own = calibrated.intersection(fields(method.settings)) if method else set()
+    unread = own if method and not method.calibrated else set()
     # `assert` is no name for a parameter in Python.
     limits = {"assert": split_limits(given.pop("limits"))} if "limits" in given else {}
-    step = {k: _parse(k, v) for k, v in given.items() if k not in calibrated | runtime}
+    step = {k: _parse(k, v) for k, v in given.items() if k not in (calibrated - own) | runtime}
     return Given(
         step=step | limits,
-        calibration={k: v for k, v in given.items() if k in calibrated},
+        calibration={k: v for k, v in given.items() if k in calibrated - unread},
         runtime={k: v for k, v in given.items() if k in runtime},
     )
 
@@ -129,14 +135,16 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
     parameters = []
     if len(methods) > 1:
         parameters.append(_method_parameter(methods))
-    for field in dict.fromkeys(f for entry in methods.values() for f in fields(entry.settings)):
+    calibration = _calibration_fields(stage)
+    own = dict.fromkeys(f for entry in methods.values() for f in fields(entry.settings))
+    for field in [field for field in own if field not in calibration]:
         having = {name: m for name, m in methods.items() if field in fields(m.settings)}
         first = next(iter(having.values())).settings
         note = "" if len(having) == len(methods) else f"Only for {_listed(list(having))}."
         parameters.append(_parameter(first, field, note, "Method"))
     if stage == "eval":
         parameters.append(_keyword("limits", Limits))
-    for field in _calibration_fields(stage):
+    for field in calibration:
         parameters.append(_parameter(CalibrationSettings, field, "", "Calibration"))
     return parameters + runtime_parameters()
 
@@ -181,10 +189,10 @@ def _parameter(record: type, field: str, note: str, panel: str) -> inspect.Param
         declared,
         help=f"{description} {note}".strip(),
         show_default=shown,
-        metavar="|".join(choices) or ("3,4,7" if kind is list and field == "drop" else None),
+        metavar="|".join(choices) or BLOCK_LISTS.get(field),
         rich_help_panel=panel,
     )
-    read_as: Any = {tuple: list[str], list: str}.get(kind, kind)
+    read_as: Any = {tuple: list[str], list: list[str]}.get(kind, kind)
     return _keyword(field, Annotated[read_as | None, option])
 
 
@@ -208,14 +216,10 @@ def _parse(field: str, value: Any) -> Any:
     """Read what the command line cannot: `--drop 3,4,7`."""
     if field == "ignore":
         return tuple(value)
-    if field != "drop":
+    if field not in BLOCK_LISTS:
         return value
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"`--drop`: `{value}` is not a list of blocks", hint="write it like `3,4,7`"
-        ) from None
+    parts = [part.strip() for text in value for part in text.split(",")]
+    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def _first_line(record: type) -> str:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 
-from compresso.errors import ConfigError
-from compresso.settings import (
-    AnalyzeSettings,
+from compresso.depth_settings import (
+    BlockPrunerSettings,
     ContiguousSettings,
-    EvalSettings,
-    GptqSettings,
+    EvoPressSettings,
+    GateSettings,
+    LlmDropSettings,
+    MagnitudeSettings,
     ManualSettings,
-    RtnSettings,
+    RandomSettings,
     ShortGptSettings,
     TailSettings,
+    TaylorSettings,
 )
+from compresso.errors import ConfigError
+from compresso.settings import AnalyzeSettings, EvalSettings, GptqSettings, RtnSettings
 
 T = TypeVar("T")
 
@@ -28,7 +32,7 @@ class Method:
     """One way to do a stage.
 
     settings:   its record.
-    code:       "module:function" of its formula.
+    code:       "module:function" of its formula, or of what applies that.
     follows:    paper or specification.
     calibrated: whether it reads calibration text.
     """
@@ -75,25 +79,67 @@ STAGES = {
         methods={
             "shortgpt": Method(
                 ShortGptSettings,
-                "compresso.kernels.selection:lowest",
+                "compresso.stages.prune_choice:shortgpt",
                 "arXiv:2403.03853",
                 calibrated=True,
             ),
             "contiguous": Method(
                 ContiguousSettings,
-                "compresso.kernels.selection:closest_run",
+                "compresso.stages.prune_choice:contiguous",
                 "arXiv:2403.17887",
                 calibrated=True,
             ),
+            "blockpruner": Method(
+                BlockPrunerSettings,
+                "compresso.stages.prune_search:blockpruner",
+                "arXiv:2406.10594",
+                calibrated=True,
+            ),
+            "evopress": Method(
+                EvoPressSettings,
+                "compresso.stages.prune_search:evopress",
+                "arXiv:2410.14649",
+                calibrated=True,
+            ),
+            "llm-drop": Method(
+                LlmDropSettings,
+                "compresso.stages.prune_choice:llm_drop",
+                "arXiv:2406.15786",
+                calibrated=True,
+            ),
+            "foldgpt": Method(
+                GateSettings,
+                "compresso.stages.prune_learned:foldgpt",
+                "arXiv:2407.00928 in compresso's own design",
+                calibrated=True,
+            ),
+            "taylor": Method(
+                TaylorSettings,
+                "compresso.stages.prune_learned:taylor",
+                "arXiv:2305.11627",
+                calibrated=True,
+            ),
+            "magnitude": Method(
+                MagnitudeSettings,
+                "compresso.stages.prune_learned:magnitude",
+                "a baseline",
+                calibrated=False,
+            ),
+            "random": Method(
+                RandomSettings,
+                "compresso.stages.prune_choice:at_random",
+                "a baseline",
+                calibrated=False,
+            ),
             "tail": Method(
                 TailSettings,
-                "compresso.kernels.selection:tail",
+                "compresso.stages.prune_choice:deepest",
                 "arXiv:2403.17887, simple variant",
                 calibrated=False,
             ),
             "manual": Method(
                 ManualSettings,
-                "compresso.kernels.selection:named",
+                "compresso.stages.prune_choice:manual",
                 "the user's choice",
                 calibrated=False,
             ),

@@ -127,10 +127,11 @@ def rows_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def summary_table(summary: dict[str, Any], title: str) -> Table:
-    """A line per entry, without the values that are mappings."""
+    """A line per entry, without the values that are mappings, or lists of such."""
     table = Table(title=title, title_justify="left", show_header=False)
     for key, value in summary.items():
-        if not isinstance(value, dict):
+        nested = value[:1] if isinstance(value, list) else [value]
+        if not any(isinstance(item, dict) for item in nested):
             form = format_bytes if key == "size" or "bytes" in key else _plain
             table.add_row(key.replace("_", " "), Text(form(value)))
     return table
@@ -155,6 +156,8 @@ def _with_error(row: dict[str, Any], key: str, form: Any) -> str:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

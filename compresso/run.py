@@ -20,6 +20,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
+from compresso.models.structure import MODELING_FILE, structure_of
 from compresso.preflight import check_room, check_source
 from compresso.provenance import RECORD, make_record, read_record, step_key
 from compresso.recipe import Step
@@ -183,8 +184,7 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         report = work.run(writer)
         if report.config is None or report.fingerprint is None:
             raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
-        side_files = work.source.side_files()
-        side_files.pop(ROWS, None)
+        side_files = _side_files(work.source, report.config)
         writer.finalize(config=report.config, side_files=side_files, expected=report.expected)
         proof = _prove(work, writer.partial, report)
         proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
@@ -202,6 +202,19 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             hint="run the same command again to go on from there",
         ) from None
     return report
+
+
+def _side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
+    """Name -> file, of all that goes beside a checkpoint with that config.json.
+
+    The code of restructured models is always this version's: an older one is not carried.
+    """
+    carried = source.side_files()
+    for name in (ROWS, MODELING_FILE.name):
+        carried.pop(name, None)
+    if not structure_of(config).plain:
+        carried[MODELING_FILE.name] = MODELING_FILE
+    return carried
 
 
 def _prove(work: _Work, path: Path, report: Report) -> ProofReport:

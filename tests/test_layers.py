@@ -29,6 +29,7 @@ KERNEL_LIBRARIES = {
     "__future__",
     "torch",
     "math",
+    "random",
     "typing",
     "dataclasses",
     "collections",

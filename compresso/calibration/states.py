@@ -103,6 +103,11 @@ class States:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         self._hidden[batch] = hidden
 
+    @property
+    def hidden(self) -> Store:
+        """Where the hidden states are kept."""
+        return self._hidden
+
     def release(self, batch: int) -> None:
         """Say that a batch is not needed for now, so that its memory can be used for others."""
         self._hidden.release(batch)

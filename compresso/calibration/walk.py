@@ -40,13 +40,16 @@ def walk_blocks(
 
     states:  what enters the first block; afterwards, what leaves the last.
     restore: gives the finished dense tensors of a block, by name in the checkpoint, or None to
-             load it from `source`. A restored block needs no more work and is only run.
+             load it from `source`. A restored block needs no more work and is only run. A block
+             whose linears later ones use is asked for again with each of them.
     keep:    indices of the blocks to walk, for a model that has lost the others; None for all.
     after:   called with each block when it has been run and its weights are still there.
     """
     for index in range(adapter.count) if keep is None else keep:
+        owner = adapter.structure.owner(index)
+        borrowed = restore(owner) if owner != index else None
         finished = restore(index)
-        adapter.load_block(index, source, finished)
+        adapter.load_block(index, source, {**(borrowed or {}), **(finished or {})})
         block = LiveBlock(adapter, states, index, restored=finished is not None)
         try:
             yield block
@@ -63,7 +66,7 @@ class Parts:
 
     input:     the hidden states that entered.
     attention: what attention added to them. mlp: what the MLP added.
-    output:    the hidden states that left.
+    output:    the hidden states that left. A half that the block lacks has added zeros.
     parallel:  both halves read the input, rather than the MLP what attention left.
     """
 
@@ -122,7 +125,9 @@ class LiveBlock:
         The weights are taken as they are now. Ask in execution order, and change no weight that
         a later group's input depends on once that group's gram was taken: RuntimeError.
 
-        paths: one or more linears of one group of `family.linears`.
+        paths: one or more linears of one group of `family.linears`, own or shared.
+
+        Raises ValueError if they are not, or the block lacks them.
         """
         if self._left:
             raise RuntimeError(f"block {self.index} has been run: its input is gone")
@@ -130,6 +135,8 @@ class LiveBlock:
         if not paths or not groups:
             raise ValueError(f"{paths} are not linears of one input group")
         group = groups[0]
+        if self._lacks(mlp=group >= 2):
+            raise ValueError(f"block {self.index} has no {'MLP' if group >= 2 else 'attention'}")
         total = GramSum(self._columns(paths[0]), self._adapter.device)
         if group == 0:
             self._sweep({**self._attention_to(total.add), **self._mlp_to(_nowhere)})
@@ -234,6 +241,8 @@ class LiveBlock:
         return Recording(self.module, self._family.linears[group][0], store, later=later)
 
     def _played_attention(self) -> dict[str, nn.Module]:
+        if self._lacks(mlp=False):
+            return {}
         if self._attention is None:
             self._record_attention(_nowhere)
         recording = self._attention
@@ -264,6 +273,9 @@ class LiveBlock:
             return inputs.new_zeros(1).expand(*inputs.shape[:-1], width)
 
         return StandIn(answer, attention=attention)
+
+    def _lacks(self, *, mlp: bool) -> bool:
+        return self._adapter.structure.lacks(2 * self.index + mlp)
 
     def _columns(self, path: str) -> int:
         return self._adapter.weight(self.module, path).shape[1]

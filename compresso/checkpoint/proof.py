@@ -81,6 +81,9 @@ def prove(
 ) -> ProofReport:
     """Reload a checkpoint with plain transformers and compare it with the model in memory.
 
+    The code that comes with restructured checkpoints needs no trust: importing compresso.models
+    has made transformers know its classes.
+
     The whole model is in memory while it lasts, in `dtype`.
 
     path:        the checkpoint's directory.

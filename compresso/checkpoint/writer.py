@@ -16,16 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import torch
 from torch import Tensor
 
-from compresso.checkpoint.directory import CONFIG, DTYPES, INDEX, RECORD, open_shard
+from compresso.checkpoint.directory import CONFIG, INDEX, RECORD, open_shard
+from compresso.checkpoint.shard_file import write_safetensors
 from compresso.errors import CheckpointError, ResourceError
 
 STAMP = "key"
 TEMPORARY = ".tmp"
 PARTS = "model-*-of-*.safetensors"
 REPORTS = "report-{}.json"
+STATE = "state.json"
 
 
 class CheckpointWriter:
@@ -101,6 +102,21 @@ class CheckpointWriter:
         with self._replacing(self._path(part)) as file:
             write_safetensors(file, tensors, {"format": "pt"})
 
+    def remember(self, state: dict[str, Any]) -> None:
+        """Store durably how far a search has come, in place of what was stored before.
+
+        state: plain values. Raises ResourceError as `commit` does.
+        """
+        self._write_json(STATE, state)
+
+    def recall(self) -> dict[str, Any] | None:
+        """What was remembered last, also by an earlier run; None if nothing was."""
+        path = self.partial / STATE
+        if not path.exists():
+            return None
+        state: dict[str, Any] = json.loads(path.read_bytes())
+        return state
+
     def finalize(
         self, *, config: dict[str, Any], side_files: dict[str, Path], expected: Iterable[str]
     ) -> None:
@@ -153,7 +169,11 @@ class CheckpointWriter:
             if os.path.lexists(self.target):
                 raise CheckpointError(f"`{self.target}` already exists")
             os.rename(self.partial, self.target)
-            for name in (REPORTS.format("*"), STAMP):  # of no use to others, and no harm if left
+            for name in (
+                REPORTS.format("*"),
+                STATE,
+                STAMP,
+            ):  # of no use to others, and no harm if left
                 for path in self.target.glob(name):
                     path.unlink()
             _flush_directory(self.target.parent)
@@ -210,7 +230,7 @@ class CheckpointWriter:
                 hint="pass `--fresh` to throw it away, or give another `-o`",
             )
         for entry in self.partial.iterdir():
-            committed = entry.match(PARTS) or entry.match(REPORTS.format("*"))
+            committed = any(entry.match(name) for name in (PARTS, REPORTS.format("*"), STATE))
             if entry.name == STAMP or (committed and not fresh):
                 continue
             if entry.is_dir():
@@ -253,37 +273,6 @@ class CheckpointWriter:
                 hint=f"what is done is kept in `{self.partial}`: make room, or give access, and "
                 "run the same command again",
             ) from error
-
-
-def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors in the safetensors format, to a file that is open.
-
-    tensors: on any device; views and shared memory are written out in full. Not modified.
-
-    Unlike the library's own writer, this lets the caller flush and name the file, keeps its
-    access rights, and fails with the OSError of the system. Source: the format's README,
-    github.com/huggingface/safetensors.
-    """
-    words = {dtype: word for word, dtype in DTYPES.items()}
-    # Wide types first, as the library does it: every tensor is then aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for name in names:
-        end = start + tensors[name].nbytes
-        header[name] = {
-            "dtype": words[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    file.write(len(encoded).to_bytes(8, "little"))
-    file.write(encoded)
-    for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _flush_directory(path: Path) -> None:

@@ -54,14 +54,33 @@ def token_scores(original: Tensor, compressed: Tensor, targets: Tensor) -> Token
             f"logits of different shapes: {tuple(original.shape)} and {tuple(compressed.shape)}"
         )
     expected, actual = _log_probabilities(original), _log_probabilities(compressed)
-    probability = expected.exp()
-    terms = (probability * (expected - actual)).masked_fill(probability == 0, 0.0)
     return TokenScores(
         original=_pick(expected, targets),
         compressed=_pick(actual, targets),
-        divergence=terms.sum(-1),
+        divergence=_divergence(expected, actual),
         same_top=original.argmax(-1) == compressed.argmax(-1),
     )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The negative log-likelihood of the targets, (...) float32, in nats.
+
+    logits: (..., vocabulary), any floating dtype. targets: (...) int64. Neither is modified.
+
+    Raises NumericalError if the logits hold NaN.
+    """
+    return _pick(_log_probabilities(logits), targets)
+
+
+def divergence(original: Tensor, compressed: Tensor) -> Tensor:
+    """KL(original || compressed) over the vocabulary, (...) float32, in nats.
+
+    original, compressed: logits, (..., vocabulary), any floating dtype. Not modified.
+
+    A token the original gives probability 0 adds nothing. Raises NumericalError if the logits
+    hold NaN.
+    """
+    return _divergence(_log_probabilities(original), _log_probabilities(compressed))
 
 
 def mean(samples: Tensor) -> Estimate:
@@ -100,6 +119,11 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     if bool(torch.isnan(scores).any()):
         raise NumericalError("the model's logits are not numbers (NaN)")
     return scores
+
+
+def _divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    probability = expected.exp()
+    return (probability * (expected - actual)).masked_fill(probability == 0, 0.0).sum(-1)
 
 
 def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ distance between the input of block l and the output of block l + n - 1, l = 0 .
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from math import isfinite
 
 from compresso.errors import ConfigError, NumericalError
@@ -23,8 +22,16 @@ def lowest(scores: Sequence[float], count: int) -> list[int]:
     Source: Men et al., arXiv:2403.03853 (ShortGPT).
     """
     _check_count(count, blocks=len(scores))
+    return ascending(scores)[:count]
+
+
+def ascending(scores: Sequence[float]) -> list[int]:
+    """The places of the scores, lowest first; of equal scores, the earlier first.
+
+    Raises NumericalError if a score is not finite.
+    """
     _check_finite(scores)
-    return sorted(range(len(scores)), key=lambda block: scores[block])[:count]
+    return sorted(range(len(scores)), key=lambda place: scores[place])
 
 
 def closest_run(triangle: Triangle, count: int) -> list[int]:
@@ -54,33 +61,20 @@ def tail(blocks: int, count: int) -> list[int]:
     return list(range(blocks - 1 - count, blocks - 1))
 
 
-def named(blocks: int, drop: Sequence[int]) -> list[int]:
-    """The blocks in `drop`, sorted.
-
-    Raises ConfigError if one of them is not among the `blocks` blocks or given twice, or if no
-    block would stay.
-    """
-    chosen = sorted(drop)
-    for block in chosen:
-        if not 0 <= block < blocks:
-            raise ConfigError(
-                f"`drop`: there is no block `{block}`", hint=f"blocks are 0 to {blocks - 1}"
-            )
-    for block, following in pairwise(chosen):
-        if block == following:
-            raise ConfigError(f"`drop`: block `{block}` is given twice")
-    _check_count(len(chosen), blocks=blocks)
-    return chosen
-
-
 def blocks_for_ratio(
-    choose: Callable[[int], list[int]], parameters: Sequence[int], *, total: int, ratio: float
+    choose: Callable[[int], list[int]],
+    parameters: Sequence[int],
+    *,
+    total: int,
+    ratio: float,
+    unit: str = "block",
 ) -> list[int]:
     """The choice whose share of all parameters is nearest `ratio`; of two as near, the smaller.
 
     choose:     the blocks to drop if so many are to go, as the functions above give them.
     parameters: of every block.
     total:      parameters of the whole model, embeddings, norms and head included.
+    unit:       what messages call a block, if it is half of one.
 
     Raises ConfigError, naming the nearest ratio that works, if dropping no block, or all blocks,
     is nearest.
@@ -90,16 +84,16 @@ def blocks_for_ratio(
     candidates = [0.0, *shares, sum(parameters) / total]
     nearest = min(range(len(candidates)), key=lambda count: abs(candidates[count] - ratio))
     if not choices:
-        raise ConfigError("`ratio`: a model of one block has none to remove")
+        raise ConfigError(f"`ratio`: a model of one {unit} has none to remove")
     if nearest == 0:
         raise ConfigError(
-            f"`ratio`: {ratio} is less than half a block",
-            hint=f"the smallest possible ratio is {shares[0]:.4f}, one block",
+            f"`ratio`: {ratio} is less than half a {unit}",
+            hint=f"the smallest possible ratio is {shares[0]:.4f}, one {unit}",
         )
     if nearest == len(parameters):
         raise ConfigError(
-            f"`ratio`: {ratio} leaves no block",
-            hint=f"the largest possible ratio is {shares[-1]:.4f}, all blocks but one",
+            f"`ratio`: {ratio} leaves no {unit}",
+            hint=f"the largest possible ratio is {shares[-1]:.4f}, all {unit}s but one",
         )
     return choices[nearest - 1]
 

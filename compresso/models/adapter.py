@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import init_empty_weights
@@ -12,18 +11,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError, ConfigError
+from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.models.families import Family, family_of
+from compresso.models.modeling_compresso import remove_half
 from compresso.models.names import stored_names
-from compresso.models.substitution import empty_parameter, put_parameter, replaced
+from compresso.models.structure import Structure, borrowed_linears, halves, structure_of
+from compresso.models.substitution import (
+    BlockArguments,
+    Player,
+    Recorder,
+    empty_parameter,
+    put_parameter,
+    replaced,
+)
 
-
-@dataclass(frozen=True)
-class BlockArguments:
-    """What the model passes to a block besides the hidden states: masks, rotary tables."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
+__all__ = ["BlockArguments", "ModelAdapter"]
 
 
 class ModelAdapter:
@@ -45,6 +47,7 @@ class ModelAdapter:
         self.model = model
         self.config: PreTrainedConfig = model.config
         self.family: Family = family_of(model.config.model_type)
+        self.structure: Structure = structure_of(source.config)
         self.dtype = dtype
         self.device = device
         self._stored = stored_names(model, self.family, source)
@@ -70,10 +73,12 @@ class ModelAdapter:
         device: where blocks are run.
 
         Raises ConfigError for an architecture that is not supported, CheckpointError for an
-        invalid config.json and for a tensor that is missing or has the wrong shape.
+        invalid config.json and for a tensor that is missing or has the wrong shape, ResourceError
+        if the installed transformers is too old for it.
         """
         model_type = source.config["model_type"]
         family = family_of(model_type)  # before transformers, which knows other families
+        structure_of(source.config)  # transformers would fail anywhere if that is wrong
         try:
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
             # Only parameters: rotary tables on the meta device would be lost.
@@ -84,6 +89,10 @@ class ModelAdapter:
         except (StrictDataclassError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"`{source.path}` has an invalid config.json: {reason}") from None
+        except ImportError as error:
+            raise ResourceError(
+                f"`{source.path}` cannot be loaded: {error}", hint="pip install -U transformers"
+            ) from None
         for field, value in family.requires:
             if getattr(config, field) != value:
                 raise ConfigError(
@@ -132,8 +141,12 @@ class ModelAdapter:
         return f"{self.family.blocks}.{index}."
 
     def block_tensors(self, index: int) -> list[str]:
-        """Names in the checkpoint of the dense tensors of block `index`, in the model's order."""
-        return list(self._names_in(f"{self.family.blocks}.{index}").values())
+        """Names in the checkpoint of the dense tensors of block `index`, in the model's order.
+
+        Linears that it uses, but that another block has, are not among them.
+        """
+        own = self.module_prefix(index)
+        return [stored for name, stored in self._stored.items() if name.startswith(own)]
 
     def outside_tensors(self) -> list[str]:
         """Names in the checkpoint of all other dense tensors of the model, each once."""
@@ -145,26 +158,46 @@ class ModelAdapter:
         """Names of tensors in the checkpoint that the model has no place for, sorted."""
         return self._unmapped
 
+    def remove(self, sub_blocks: Iterable[int]) -> None:
+        """Let the model lack these sub-blocks from now on: it neither runs nor asks for them.
+
+        sub_blocks: 2 i is the attention of block i, 2 i + 1 its MLP.
+
+        Raises ConfigError if another block uses linears of one of them.
+        """
+        gone = sorted(set(sub_blocks))
+        self.structure = self.structure.without(gone)
+        for sub_block in gone:
+            block, mlp = divmod(sub_block, 2)
+            half = halves(self.family)[mlp]
+            remove_half(
+                self.blocks[block], modules=half.modules, norms=half.norms, attention=not mlp
+            )
+        left = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._stored = {name: stored for name, stored in self._stored.items() if name in left}
+
     def load_block(
-        self, index: int, source: Checkpoint, tensors: dict[str, Tensor] | None = None
+        self, index: int, source: Checkpoint, tensors: Mapping[str, Tensor] | None = None
     ) -> nn.Module:
         """Fill block `index`, in the adapter's type and on its device.
 
-        tensors: dense tensors by name in the checkpoint, instead of those of `source`; further
-                 ones are ignored. Not modified.
+        Linears that it uses and another block has are filled in that block.
+
+        tensors: dense tensors by name in the checkpoint, used instead of those of `source`;
+                 further ones are ignored. Not modified.
         """
-        block = self.blocks[index]
-        names = self._names_in(f"{self.family.blocks}.{index}")
-        weights = source.load_weights(names.values()) if tensors is None else tensors
+        given = tensors or {}
+        names = self._names_used(index)
+        weights = source.load_weights(stored for stored in names.values() if stored not in given)
         for name, stored in names.items():
-            put_parameter(block, name, weights[stored].to(self.device, self.dtype))
-        return block
+            weight = given[stored] if stored in given else weights[stored]
+            put_parameter(self.model, name, weight.to(self.device, self.dtype))
+        return self.blocks[index]
 
     def unload_block(self, index: int) -> None:
-        """Free the weights of block `index`."""
-        block = self.blocks[index]
-        for name in self._names_in(f"{self.family.blocks}.{index}"):
-            empty_parameter(block, name)
+        """Free the weights that `load_block` filled."""
+        for name in self._names_used(index):
+            empty_parameter(self.model, name)
 
     def unload_outside(self) -> None:
         """Free the weights that `embed`, `enter` and `logits` loaded."""
@@ -206,7 +239,7 @@ class ModelAdapter:
         block besides. The arguments depend on the shape of `tokens` alone, as nothing is padded.
         """
         self._load_outside(source, without=(self.family.head, self.family.final_norm))
-        recorders = [_Recorder() for _ in self.blocks]
+        recorders = [Recorder() for _ in self.blocks]
         standing_in = {f"{self.family.blocks}.{i}": r for i, r in enumerate(recorders)}
         with replaced(self.model, {**standing_in, self.family.final_norm: nn.Identity()}):
             body = self.model.get_submodule(self.family.body)
@@ -226,7 +259,7 @@ class ModelAdapter:
 
     def head_input(self, source: Checkpoint, hidden: Tensor) -> Tensor:
         """What the head reads, (B, T, d), of what the last block returns, (B, T, d)."""
-        recorder = _Recorder()
+        recorder = Recorder()
         self._leave(source, hidden, {self.family.head: recorder})
         return recorder.hidden
 
@@ -238,19 +271,17 @@ class ModelAdapter:
         hidden = hidden.to(self.device, self.dtype)
         # The model's own forward with nothing left of its blocks applies the final norm, the
         # head, soft caps and multipliers exactly as it does otherwise.
-        blocks = {f"{self.family.blocks}.{i}": _Player(hidden) for i in range(self.count)}
+        blocks = {f"{self.family.blocks}.{i}": Player(hidden) for i in range(self.count)}
         with replaced(self.model, {**blocks, **standing_in}):
             scores: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return scores
 
-    def _names_in(self, path: str) -> dict[str, str]:
-        """Name within the module at `path` -> name in the checkpoint."""
-        start = f"{path}."
-        return {
-            name.removeprefix(start): stored
-            for name, stored in self._stored.items()
-            if name.startswith(start)
-        }
+    def _names_used(self, index: int) -> dict[str, str]:
+        """Name in the model -> name in the checkpoint, of all parameters that a block uses."""
+        used = [self.module_prefix(index)]
+        for path in borrowed_linears(self.family, self.structure, index):
+            used += [f"{self.family.blocks}.{path}.{name}" for name in ("weight", "bias")]
+        return {n: stored for n, stored in self._stored.items() if n.startswith(tuple(used))}
 
     def _load_outside(self, source: Checkpoint, *, without: tuple[str, ...]) -> None:
         if source is not self._outside_of:
@@ -263,26 +294,3 @@ class ModelAdapter:
             self._outside[stored] = nn.Parameter(tensor.to(self.device, self.dtype), False)
         for name, stored in wanted.items():
             put_parameter(self.model, name, self._outside[stored])  # a tied pair shares one tensor
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is given and returns its input."""
-
-    hidden: Tensor
-    arguments: BlockArguments
-
-    def forward(self, hidden_states: Tensor, *positional: object, **named: object) -> Tensor:
-        self.hidden = hidden_states
-        self.arguments = BlockArguments(positional, named)
-        return hidden_states
-
-
-class _Player(nn.Module):
-    """Stands in for a block: returns the same hidden states, whatever its input."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        return self.hidden

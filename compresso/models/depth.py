@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from compresso.errors import ConfigError
 from compresso.models.families import Family
+from compresso.models.structure import KEY, restructure, structure_of
 
 # Lists whose length has nothing to do with the number of blocks, though it may be equal.
 NOT_PER_BLOCK = ("architectures", "eos_token_id", "bad_words_ids")
@@ -25,13 +26,15 @@ def drop_blocks(config: dict[str, Any], family: Family, keep: list[int]) -> dict
     config: a parsed config.json. Not modified.
     keep:   indices of blocks, ascending.
 
-    Raises ConfigError if the fields of `family` cannot express the result.
+    Raises ConfigError if the fields of `family` cannot express the result, or a kept block uses
+    the linears of another.
     """
     resolved = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     count = resolved.num_hidden_layers
     if not keep or keep != sorted(set(keep) & set(range(count))):
         raise ValueError(f"blocks to keep must ascend within 0..{count - 1}, not {keep}")
     _check_expressible(config, family, keep, count)
+    structure = structure_of(config)
     new = copy.deepcopy(config)
     new.pop("num_hidden_layers", None)  # transformers takes it in place of the family's own word
     new[family.count] = len(keep)
@@ -49,7 +52,7 @@ def drop_blocks(config: dict[str, Any], family: Family, keep: list[int]) -> dict
         new[name] = sum(index < getattr(resolved, name) for index in keep)
     for name in family.generators:
         new.pop(name, None)
-    return new
+    return restructure(new, structure.keeping(keep)) if KEY in new else new
 
 
 def rename_blocks(

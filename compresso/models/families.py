@@ -21,6 +21,7 @@ class Family:
                       linears read, the last returns the output of the last linear. The two are
                       one module, or have nothing but an activation between them.
     attention_output: module whose output is added to the residual stream. mlp_output: likewise.
+    attention_norms:  norms of the block that serve attention alone. mlp_norms: likewise.
     linears:          the four input groups, in execution order: into attention, out of it, into
                       the MLP, out of it.
     old_names:        modules, and the names that older checkpoints have for them.
@@ -45,6 +46,8 @@ class Family:
     mlp: tuple[str, str] = ("mlp", "mlp")
     attention_output: str = "self_attn"
     mlp_output: str = "mlp"
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     linears: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -72,10 +75,14 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         attention_output="post_attention_layernorm",
         mlp_output="post_feedforward_layernorm",
+        attention_norms=("input_layernorm", "post_attention_layernorm"),
+        mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
     "gemma3_text": Family(
         attention_output="post_attention_layernorm",
         mlp_output="post_feedforward_layernorm",
+        attention_norms=("input_layernorm", "post_attention_layernorm"),
+        mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         generators=("sliding_window_pattern", "_sliding_window_pattern"),
     ),
     "phi3": Family(
@@ -89,6 +96,8 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         attention_output="post_attention_layernorm",
         mlp_output="post_feedforward_layernorm",
+        attention_norms=("post_attention_layernorm",),
+        mlp_norms=("post_feedforward_layernorm",),
     ),
     "smollm3": Family(
         block_lists=("layer_types", "no_rope_layers"),
@@ -102,6 +111,8 @@ FAMILIES: dict[str, Family] = {
         final_norm="transformer.ln_f",
         attention="attn",
         attention_output="attn",
+        attention_norms=("ln_1",),
+        mlp_norms=("ln_2",),
         linears=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
         transposed=True,
         requires=(("add_cross_attention", False),),
@@ -131,6 +142,8 @@ FAMILIES: dict[str, Family] = {
         final_norm="model.decoder.final_layer_norm",
         mlp=("fc1", "fc2"),
         mlp_output="fc2",
+        attention_norms=("self_attn_layer_norm",),
+        mlp_norms=("final_layer_norm",),
         linears=(
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("self_attn.out_proj",),
@@ -141,14 +154,22 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# What precedes the family's own word in the `model_type` of a model whose structure is not the
+# stock one: see structure.py.
+RESTRUCTURED = "compresso_"
+
 # Multimodal wrappers nest the text model, its config and its tensor names one level down.
 TEXT_ONLY = {"gemma3": "gemma3_text"}
 
 
 def family_of(model_type: str) -> Family:
-    """Raises ConfigError if the family is not known."""
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    """The row of a family, or of the one a restructured model was made from.
+
+    Raises ConfigError if the family is not known.
+    """
+    stock = model_type.removeprefix(RESTRUCTURED)
+    if stock in FAMILIES:
+        return FAMILIES[stock]
     if model_type in TEXT_ONLY:
         raise ConfigError(
             f"`{model_type}` is a multimodal model, of which only text models are supported",

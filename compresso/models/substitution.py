@@ -4,9 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockArguments:
+    """What the model passes to a block besides the hidden states: masks, rotary tables."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Recorder(nn.Module):
+    """Stands in for a module: keeps what it is given and returns its input."""
+
+    hidden: Tensor
+    arguments: BlockArguments
+
+    def forward(self, hidden_states: Tensor, *positional: object, **named: object) -> Tensor:
+        """The same `hidden_states`."""
+        self.hidden = hidden_states
+        self.arguments = BlockArguments(positional, named)
+        return hidden_states
+
+
+class Player(nn.Module):
+    """Stands in for a block: returns the same hidden states, whatever its input."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """What it was made with."""
+        return self.hidden
 
 
 @contextmanager

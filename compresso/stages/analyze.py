@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,16 @@ from compresso.calibration.data import Calibration
 from compresso.calibration.statistics import BlockScores, measure_blocks
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
-from compresso.kernels.selection import blocks_for_ratio
+from compresso.kernels.selection import blocks_for_ratio, closest_run, lowest, tail
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.heatmap import runs
 from compresso.stages.plots import draw_analysis, wants_plot
-from compresso.stages.prune import block_parameters, chooser
+from compresso.stages.prune_units import sub_block_costs
 
 ADVISED_RATIOS = (0.1, 0.2, 0.3)
-ADVISED_METHODS = ("shortgpt", "contiguous", "tail")
 FILE = "analysis.json"
 
 
@@ -61,7 +62,8 @@ def analyze(
         runtime=runtime,
         spill_dir=target,
     )
-    parameters = block_parameters(adapter, source)
+    costs = sub_block_costs(adapter, source)
+    parameters = [sum(costs[half : half + 2]) for half in range(0, len(costs), 2)]
     report = Report(rows=_rows(scores, parameters))
     report.summary = {
         "blocks": adapter.count,
@@ -116,12 +118,16 @@ def _advice(scores: BlockScores, parameters: list[int], total: int) -> dict[str,
     and the reason, where no number of blocks is near the ratio.
     """
     assert scores.triangle is not None
+    methods: dict[str, Callable[[int], list[int]]] = {
+        "shortgpt": partial(lowest, scores.influence),
+        "contiguous": partial(closest_run, scores.triangle),
+        "tail": partial(tail, len(parameters)),
+    }
     advice: dict[str, Any] = {}
     for ratio in ADVISED_RATIOS:
         choices: dict[str, Any] = {}
         advice[f"{ratio:.0%}"] = choices
-        for method in ADVISED_METHODS:
-            choose = chooser(method, len(parameters), scores)
+        for method, choose in methods.items():
             try:
                 drop = sorted(blocks_for_ratio(choose, parameters, total=total, ratio=ratio))
             except ConfigError as error:

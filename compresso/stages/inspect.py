@@ -11,7 +11,8 @@ from rich.console import Console
 from compresso.checkpoint.layout import schemes
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import FAMILIES
+from compresso.models.families import FAMILIES, RESTRUCTURED
+from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table
 
@@ -27,10 +28,11 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
     Raises CheckpointError if the checkpoint does not hold what its config.json promises.
     """
     stored, parameters = source.stored_bytes, source.parameters
+    stock = source.config["model_type"].removeprefix(RESTRUCTURED)
     found: dict[str, Any] = {
         "path": str(source.path),
         "model_type": source.config["model_type"],
-        "supported": source.config["model_type"] in FAMILIES,
+        "supported": stock in FAMILIES,
         "dtype": str(source.dtype).removeprefix("torch."),
         "parameters": parameters,
         "stored_bytes": stored,
@@ -87,7 +89,19 @@ def _structure(source: Checkpoint, *, trust_remote_code: bool) -> dict[str, Any]
         "vocabulary": config.vocab_size,
         "tied_embeddings": bool(config.tie_word_embeddings),
         "unmapped_tensors": adapter.unmapped_tensors(),
+    } | _changes(adapter.structure)
+
+
+def _changes(structure: Structure) -> dict[str, Any]:
+    """In what a model differs from a stock one; nothing for a plain structure."""
+    found: dict[str, Any] = {
+        "blocks_without_attention": list(structure.no_attention),
+        "blocks_without_mlp": list(structure.no_mlp),
+        "linears_used_of_block": list(structure.shared),
+        "corrected_blocks": list(structure.corrected),
+        "rank_of_corrections": structure.rank,
     }
+    return {name: value for name, value in found.items() if value}
 
 
 def _packed(source: Checkpoint) -> list[dict[str, Any]]:

@@ -1,33 +1,27 @@
-"""Drop whole blocks."""
+"""Drop blocks, or halves of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from math import prod
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from compresso import registry
 from compresso.calibration.data import Calibration
 from compresso.calibration.probe import probe_tokens
-from compresso.calibration.statistics import BlockScores, measure_blocks
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError
-from compresso.kernels.selection import blocks_for_ratio, tail
 from compresso.models.adapter import ModelAdapter
 from compresso.models.depth import drop_blocks, rename_blocks
+from compresso.models.structure import restructure, structure_of
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
-
-Choose = Callable[[int], list[int]]
+from compresso.stages.prune_choice import Choice, choose
+from compresso.stages.prune_units import HALVES, Decision, cost_of, half_of, name_of
 
 
 @torch.no_grad()
@@ -38,20 +32,25 @@ def prune(
     target: CheckpointWriter,
     runtime: Runtime,
 ) -> Report:
-    """Drop the blocks that the method chooses, and renumber the others.
+    """Drop the blocks, or halves of blocks, that the method chooses, and renumber the blocks.
 
     Every kept tensor is stored as it was, bit for bit. A kept block is committed as soon as it is
     written; a restarted run finds the choice in the first committed part and measures nothing
-    again.
+    again. A search is remembered step by step. If only whole blocks go, the result is a plain
+    checkpoint of the same kind; otherwise it carries the code that loads it.
 
-    Reports a row per block: its parameters, its score if the method has one (`influence`, or the
-    `angle` of the run that starts there), whether it is `dropped`, else what it is `kept_as`.
+    Reports a row per block, or per half of a block where halves can go: its parameters, its score
+    if the method has one, whether it is `dropped`, and the block it is `kept_as`.
 
-    Peak memory: one block's weights; while scores are measured, see `measure_blocks`.
+    Peak memory: one block's weights; while scores are measured, see the method.
     """
     if source.packed:
         raise ConfigError(
             f"the weights of `{source.path}` are quantized", hint="prune first, then quantize"
+        )
+    if structure_of(source.config).shared:
+        raise ConfigError(
+            f"the blocks of `{source.path}` share weights", hint="prune first, then fold"
         )
     adapter = ModelAdapter.open(
         source,
@@ -62,16 +61,23 @@ def prune(
     if (first := target.restore(0)) is not None:
         decision = Decision(**first[1]["decision"])
     else:
-        decision = _decide(step, adapter, source, calibration, target.partial, runtime)
-    keep = [block for block in range(adapter.count) if block not in decision.drop]
-    config = drop_blocks(source.config, adapter.family, keep)
-    names = rename_blocks(
-        source.names(), prefix=adapter.blocks_prefix, count=adapter.count, keep=keep
-    )
+        decision = choose(Choice(step, adapter, source, calibration, target, runtime))
+    removed, costs = set(decision.removed), decision.costs
+    keep = [
+        block
+        for block in range(adapter.count)
+        if any(costs[half] and half not in removed for half in (2 * block, 2 * block + 1))
+    ]
+    _check_rest(adapter, decision, keep)
+    names = _kept_names(adapter, source, keep, removed)
     fingerprint = _write(adapter, source, target, keep, names, decision)
-    report = Report(config=config, fingerprint=fingerprint, expected=sorted(names.values()))
-    report.rows = _rows(decision)
-    report.summary = _summary(source, step, decision, names)
+    report = Report(fingerprint=fingerprint, expected=sorted(names.values()))
+    report.config = _config(adapter, source, keep, removed)
+    split = any(half // 2 in keep for half in decision.removed)
+    report.rows = _rows(
+        decision, keep, halves=split or getattr(step.settings, "unit", "block") != "block"
+    )
+    report.summary = _summary(source, step, decision, names, keep)
     if unmapped := [name for name in adapter.unmapped_tensors() if name in names]:
         report.carried = [names[name] for name in unmapped]
         report.warnings.append(
@@ -81,83 +87,47 @@ def prune(
     return report
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What is dropped and why, in the plain values that a part's report can hold.
-
-    parameters: of every block. drop: ascending.
-    score:      name of what the choice went by, empty if nothing was measured.
-    values:     the score of every block. An angle is that of the run of as many blocks as are
-                dropped that starts there, so the last blocks have none.
-    """
-
-    parameters: list[int]
-    drop: list[int]
-    score: str = ""
-    values: list[float] = field(default_factory=list)
+def _check_rest(adapter: ModelAdapter, decision: Decision, keep: list[int]) -> None:
+    """Raises ConfigError if what is left could not run."""
+    left = [
+        half for half, cost in enumerate(decision.costs) if cost and half not in decision.removed
+    ]
+    if not keep:
+        raise ConfigError(
+            f"cannot remove all {adapter.count} blocks", hint="at least one must stay"
+        )
+    if not any(half % 2 == 0 for half in left):
+        raise ConfigError("cannot remove every attention", hint="at least one must stay")
 
 
-def block_parameters(adapter: ModelAdapter, source: Checkpoint) -> list[int]:
-    """The number of weights in every block."""
-    sizes = []
-    for index in range(adapter.count):
-        prefix = adapter.block_prefix(index)
-        names = [name for name in source.weight_names() if name.startswith(prefix)]
-        infos = [source.weight_info(name) for name in names]
-        sizes.append(sum(prod(info.shape) for info in infos if info.dtype.is_floating_point))
-    return sizes
-
-
-def chooser(method: str, blocks: int, scores: BlockScores | None) -> Choose:
-    """The choice of so many blocks by a method other than `manual`.
-
-    blocks: in the model. scores: None for a method that goes by none.
-    """
-    choose = registry.load(registry.method("prune", method).code)
-    if method == "tail" or scores is None:
-        return partial(choose, blocks)
-    return partial(choose, scores.influence if method == "shortgpt" else scores.triangle)
-
-
-def _decide(
-    step: Step,
-    adapter: ModelAdapter,
-    source: Checkpoint,
-    calibration: Calibration | None,
-    spill_dir: Path,
-    runtime: Runtime,
-) -> Decision:
-    parameters = block_parameters(adapter, source)
-    if step.method == "manual":
-        named = registry.load(registry.method("prune", "manual").code)
-        return Decision(parameters, named(adapter.count, step.settings.drop))
-    amount = partial(_amount, step=step, parameters=parameters, total=source.parameters)
-    if len(set(parameters)) == 1:
-        # Of equal blocks any choice removes as much: a wrong amount is refused before the walk.
-        amount(partial(tail, adapter.count))
-    if calibration is None:
-        return Decision(parameters, amount(chooser(step.method, adapter.count, None)))
-    # So is a config.json that no choice of blocks could be written to.
-    drop_blocks(source.config, adapter.family, list(range(adapter.count)))
-    scores = measure_blocks(
-        adapter,
-        source,
-        calibration.batches,
-        angles=step.settings.tokens if step.method == "contiguous" else None,
-        runtime=runtime,
-        spill_dir=spill_dir,
+def _kept_names(
+    adapter: ModelAdapter, source: Checkpoint, keep: list[int], removed: set[int]
+) -> dict[str, str]:
+    """Stored name -> new name, of all tensors that stay."""
+    names = rename_blocks(
+        source.names(), prefix=adapter.blocks_prefix, count=adapter.count, keep=keep
     )
-    drop = sorted(amount(chooser(step.method, adapter.count, scores)))
-    if scores.triangle is None:
-        return Decision(parameters, drop, "influence", scores.influence)
-    return Decision(parameters, drop, "angle", scores.triangle[len(drop) - 1])
+    for block in keep:
+        prefix = adapter.block_prefix(block)
+        for name in [name for name in names if name.startswith(prefix)]:
+            half = half_of(adapter.family, name.removeprefix(prefix))
+            if half is not None and 2 * block + half in removed:
+                del names[name]
+    return names
 
 
-def _amount(choose: Choose, *, step: Step, parameters: list[int], total: int) -> list[int]:
-    """The choice of as many blocks as the settings ask for."""
-    if step.settings.blocks is not None:
-        return choose(step.settings.blocks)
-    return blocks_for_ratio(choose, parameters, total=total, ratio=step.settings.ratio)
+def _config(
+    adapter: ModelAdapter, source: Checkpoint, keep: list[int], removed: set[int]
+) -> dict[str, Any]:
+    """The config.json of what is left."""
+    config = drop_blocks(source.config, adapter.family, keep)
+    gone = [
+        2 * place + half
+        for place, block in enumerate(keep)
+        for half in (0, 1)
+        if 2 * block + half in removed
+    ]
+    return restructure(config, structure_of(config).without(gone))
 
 
 def _write(
@@ -172,6 +142,8 @@ def _write(
 
     names: stored name -> new name, of all tensors that stay.
     """
+    if halves := [half for half in decision.removed if half // 2 in keep]:
+        adapter.remove(halves)
     probe = probe_tokens(adapter.config.vocab_size)
     states = enter_blocks(adapter, source, [], probe=probe, budget=0, spill_dir=None)
     parts = _parts(names, adapter.blocks_prefix, len(keep))
@@ -196,35 +168,55 @@ def _parts(names: dict[str, str], prefix: str, blocks: int) -> list[dict[str, st
     return parts
 
 
-def _rows(decision: Decision) -> list[dict[str, Any]]:
+def _rows(decision: Decision, keep: list[int], *, halves: bool) -> list[dict[str, Any]]:
+    """One for each block, or for each half that the model had."""
+    units = [
+        unit
+        for block in range(len(decision.costs) // 2)
+        for unit in (((2 * block,), (2 * block + 1,)) if halves else ((2 * block, 2 * block + 1),))
+        if cost_of(unit, decision.costs)
+    ]
+    places = {block: place for place, block in enumerate(keep)}
     rows: list[dict[str, Any]] = []
-    place = 0
-    for block, count in enumerate(decision.parameters):
-        row: dict[str, Any] = {"block": block, "parameters": count}
-        if block < len(decision.values):
-            row[decision.score] = decision.values[block]
-        row["dropped"] = block in decision.drop
+    for unit in units:
+        name, block = name_of(unit), unit[0] // 2
+        row: dict[str, Any] = {"block": block, "parameters": cost_of(unit, decision.costs)}
+        if halves:
+            row["half"] = HALVES[unit[0] % 2]
+        if decision.score:
+            row[decision.score] = decision.values.get(name)
+        if decision.order:
+            row["order"] = decision.order.index(name) + 1 if name in decision.order else None
+        row["dropped"] = all(half in decision.removed for half in unit if decision.costs[half])
         if not row["dropped"]:
-            row["kept_as"] = place
-            place += 1
+            row["kept_as"] = places[block]
         rows.append(row)
     return rows
 
 
 def _summary(
-    source: Checkpoint, step: Step, decision: Decision, names: dict[str, str]
+    source: Checkpoint, step: Step, decision: Decision, names: dict[str, str], keep: list[int]
 ) -> dict[str, Any]:
-    removed = sum(decision.parameters[block] for block in decision.drop)
-    summary: dict[str, Any] = {
-        "removed_blocks": decision.drop,
-        "removed_parameters": removed,
-        "removed_share": removed / source.parameters,
-    }
+    removed = cost_of(decision.removed, decision.costs)
+    blocks = [block for block in range(len(decision.costs) // 2) if block not in keep]
+    halves = [name_of((half,)) for half in decision.removed if half // 2 in keep]
+    summary: dict[str, Any] = {"removed_blocks": blocks}
+    if halves:
+        summary["removed_halves"] = halves
+    summary |= {"removed_parameters": removed, "removed_share": removed / source.parameters}
     if (asked := getattr(step.settings, "ratio", None)) is not None:
         summary["asked_share"] = asked
-    return summary | {
-        "parameters_before": source.parameters,
-        "parameters_after": source.parameters - removed,
-        "bytes_before": source.stored_bytes,
-        "bytes_after": sum(source.info(name).nbytes for name in names),
-    }
+    if decision.order:
+        summary["order"] = decision.order
+    if decision.history:
+        summary["history"] = decision.history
+    return (
+        summary
+        | decision.facts
+        | {
+            "parameters_before": source.parameters,
+            "parameters_after": source.parameters - removed,
+            "bytes_before": source.stored_bytes,
+            "bytes_after": sum(source.info(name).nbytes for name in names),
+        }
+    )

@@ -16,7 +16,8 @@ class Plan:
     """What to quantize and how, decided for a whole run.
 
     groups: the linears of each input group of a block that are quantized, by path in the block,
-            for every block.
+            for every block. A linear that several blocks use is quantized once, in the block that
+            has it, and to that block's input alone: the gram of no other is taken.
     kept:   full names of the linears that stay dense.
     head:   whether the output head is quantized as well.
     """
@@ -45,7 +46,11 @@ def make_plan(adapter: ModelAdapter, settings: RtnSettings | GptqSettings) -> Pl
     for index in range(adapter.count):
         prefix = adapter.module_prefix(index)
         groups.append([])
-        for group in adapter.family.linears:
+        own = set(adapter.block_tensors(index))
+        for linears in adapter.family.linears:
+            group = [
+                path for path in linears if f"{adapter.block_prefix(index)}{path}.weight" in own
+            ]
             matches = {path: _matching(prefix + path, path, settings.ignore) for path in group}
             unused -= {pattern for pattern in matches.values() if pattern}
             kept += [prefix + path for path in group if matches[path]]

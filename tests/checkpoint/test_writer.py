@@ -17,7 +17,8 @@ from safetensors import safe_open
 from samples import CONFIG, NAMES, finished, part
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter, write_safetensors
+from compresso.checkpoint.shard_file import write_safetensors
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError
 
 # ---------------------------------------------------------------- the format
@@ -264,3 +265,19 @@ def test_a_damaged_part(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors` is damaged"):
         writer.restore(0)
+
+
+def test_a_state_outlives_a_run_that_stops(tmp_path):
+    with CheckpointWriter(tmp_path / "out", key="k", parts=1) as writer:
+        assert writer.recall() is None
+        writer.remember({"step": 1})
+        writer.remember({"step": 2})
+    with CheckpointWriter(tmp_path / "out", key="k", parts=1) as writer:
+        assert writer.recall() == {"step": 2}
+    with CheckpointWriter(tmp_path / "out", key="k", parts=1, fresh=True) as writer:
+        assert writer.recall() is None
+        writer.remember({"step": 3})
+        writer.commit(0, {"a": torch.ones(2)}, {})
+        writer.finalize(config={}, side_files={}, expected=["a"])
+        writer.publish()
+    assert not (tmp_path / "out" / "state.json").exists()

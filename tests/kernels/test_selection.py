@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compresso.errors import ConfigError, NumericalError
-from compresso.kernels.selection import blocks_for_ratio, closest_run, lowest, named, tail
+from compresso.kernels.selection import blocks_for_ratio, closest_run, lowest, tail
 
 LLAMA_2_7B = {"parameters": [202_383_360] * 32, "total": 6_738_415_616}
 
@@ -49,10 +49,6 @@ def test_tail_keeps_the_last_block(blocks, count, run):
     assert tail(blocks, count) == run
 
 
-def test_named_sorts():
-    assert named(6, [4, 0]) == [0, 4]
-
-
 @pytest.mark.parametrize("count", [0, 4, 5])
 @pytest.mark.parametrize(
     "choose", [partial(lowest, [1.0] * 4), partial(closest_run, TRIANGLE), partial(tail, 4)]
@@ -61,18 +57,6 @@ def test_a_block_must_stay(choose, count):
     with pytest.raises(ConfigError, match=f"cannot remove {count} of 4 blocks") as raised:
         choose(count)
     assert raised.value.hint == "at least one block must stay"
-
-
-def test_named_refuses_what_is_not_there():
-    with pytest.raises(ConfigError, match="there is no block `4`") as raised:
-        named(4, [1, 4])
-    assert raised.value.hint == "blocks are 0 to 3"
-    with pytest.raises(ConfigError, match="there is no block `-1`"):
-        named(4, [-1])
-    with pytest.raises(ConfigError, match="block `2` is given twice"):
-        named(4, [2, 0, 2])
-    with pytest.raises(ConfigError, match="cannot remove 4 of 4 blocks"):
-        named(4, [0, 1, 2, 3])
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -19,7 +19,7 @@ from compresso.errors import ConfigError
 from compresso.models.families import FAMILIES
 from compresso.recipe import make_step
 from compresso.runtime import Runtime
-from compresso.stages import prune as stage
+from compresso.stages import prune_choice
 from compresso.stages.prune import prune
 
 CALIBRATION = Calibration([tokens(3, 20, seed=1), tokens(1, 20, seed=2)], {"dataset": "test"})
@@ -151,7 +151,7 @@ def test_the_last_token_can_decide(tmp_path, monkeypatch):
     seen = []
     measure = statistics.measure_blocks
     monkeypatch.setattr(
-        stage, "measure_blocks", lambda *a, **k: seen.append(k["angles"]) or measure(*a, **k)
+        prune_choice, "measure_blocks", lambda *a, **k: seen.append(k["angles"]) or measure(*a, **k)
     )
     source = save(build("llama"), tmp_path / "model")
     run(source, tmp_path / "a", "contiguous", blocks=1, tokens="last")
@@ -189,8 +189,8 @@ def test_the_ratio_is_of_all_parameters(method, checkpoints, tmp_path):
     ("method", "settings", "message", "hint"),
     [
         ("manual", {"drop": [6]}, "there is no block `6`", "blocks are 0 to 5"),
-        ("manual", {"drop": [1, 1]}, "block `1` is given twice", None),
-        ("manual", {"drop": [0, 1, 2, 3, 4, 5]}, "cannot remove 6 of 6 blocks", "must stay"),
+        ("manual", {"drop": [1, 1]}, "`a1` is given twice", None),
+        ("manual", {"drop": [0, 1, 2, 3, 4, 5]}, "cannot remove all 6 blocks", "must stay"),
         ("tail", {"blocks": 6}, "cannot remove 6 of 6 blocks", "must stay"),
         ("shortgpt", {"blocks": 9}, "cannot remove 9 of 6 blocks", "must stay"),
         ("contiguous", {"ratio": 0.99}, "0.99 leaves no block", "largest possible ratio is 0.7"),
@@ -200,14 +200,14 @@ def test_the_ratio_is_of_all_parameters(method, checkpoints, tmp_path):
 def test_amounts_that_cannot_be(
     method, settings, message, hint, checkpoints, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(stage, "measure_blocks", None)  # refused before anything is measured
+    monkeypatch.setattr(prune_choice, "measure_blocks", None)  # refused before anything is measured
     with pytest.raises(ConfigError, match=message) as raised:
         run(checkpoints("llama"), tmp_path / "out", method, **settings)
     assert (raised.value.hint or "").find(hint or "") >= 0
 
 
 def test_a_config_that_cannot_be_rewritten_is_refused_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "measure_blocks", None)
+    monkeypatch.setattr(prune_choice, "measure_blocks", None)
     model = build("llama")
     model.config.per_block = [1.0] * BLOCKS
     with pytest.raises(ConfigError, match="`per_block` in config"):
@@ -268,7 +268,7 @@ def test_a_restarted_run_measures_and_writes_nothing_twice(tmp_path, monkeypatch
     written = {path: path.stat().st_mtime_ns for path in writer.partial.glob("*.safetensors")}
     assert len(written) == 3
     monkeypatch.setattr(CheckpointWriter, "commit", commit)
-    monkeypatch.setattr(stage, "measure_blocks", None)
+    monkeypatch.setattr(prune_choice, "measure_blocks", None)
     with CheckpointWriter(tmp_path / "out", key="test", parts=BLOCKS + 1) as writer:
         report = prune(source, step, CALIBRATION, writer, RUNTIME)
         writer.finalize(

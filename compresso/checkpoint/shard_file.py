@@ -1,0 +1,42 @@
+"""The bytes of a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from compresso.checkpoint.directory import DTYPES
+
+
+def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors in the safetensors format, to a file that is open.
+
+    tensors: on any device; views and shared memory are written out in full. Not modified.
+
+    Unlike the library's own writer, this lets the caller flush and name the file, keeps its
+    access rights, and fails with the OSError of the system. Source: the format's README,
+    github.com/huggingface/safetensors.
+    """
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    # Wide types first, as the library does it: every tensor is then aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in names:
+        end = start + tensors[name].nbytes
+        header[name] = {
+            "dtype": words[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)

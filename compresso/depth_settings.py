@@ -1,0 +1,277 @@
+"""The settings of the methods that drop or share blocks. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from compresso.config import checked, limit, settings
+
+
+def _one_of(**amounts: object) -> None:
+    given = [name for name, value in amounts.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give only one of {', '.join(f'`{name}`' for name in given)}")
+    if not given:
+        raise ValueError(f"give one of {', '.join(f'`{name}`' for name in amounts)}")
+
+
+def _check_protect(protect: tuple[int | str, ...]) -> None:
+    for place in protect:
+        if isinstance(place, str) and place not in ("first", "last"):
+            raise ValueError(f"`protect`: `{place}` is neither `first`, `last` nor a block")
+
+
+Ratio = Annotated[
+    float | None,
+    limit(gt=0, lt=1, description="Share of all parameters to remove, as near as units allow."),
+]
+BlockCount = Annotated[int | None, limit(ge=1, description="Number of blocks to remove.")]
+DropCount = Annotated[
+    int | None, limit(ge=1, description="Number of units to remove: blocks, or halves of blocks.")
+]
+Unit = Annotated[
+    Literal["sub-block", "attention", "mlp", "block"],
+    limit(
+        description="What is removed at once: the attention or the MLP of a block (`sub-block`),"
+        " only attentions, only MLPs, or whole blocks."
+    ),
+]
+Protect = Annotated[
+    tuple[int | str, ...],
+    limit(description="Blocks to leave alone: `first`, `last` or their numbers."),
+]
+Keep = Annotated[tuple[int, ...], limit(description="More blocks to leave alone, by number.")]
+Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
+AngleTokens = Annotated[
+    Literal["all", "last"],
+    limit(description="Tokens the angular distance is averaged over; the paper uses `last`."),
+]
+ScoredTokens = Annotated[
+    int, limit(ge=1, description="Calibration tokens that every candidate is scored on.")
+]
+
+
+@settings
+class ShortGptSettings:
+    """Dropping the blocks of lowest Block Influence, all at once."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class ContiguousSettings:
+    """Dropping the run of blocks whose input and output are closest in angle."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+    tokens: AngleTokens = "all"
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class TailSettings:
+    """Dropping the deepest blocks but the last. Needs no data."""
+
+    ratio: Ratio = None
+    blocks: BlockCount = None
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class ManualSettings:
+    """Dropping what is named. Needs no data."""
+
+    drop: Annotated[
+        list[int | str] | None,
+        limit(
+            min_length=1,
+            description="Blocks to remove, from 0; `a3` is only the attention of block 3, `m3` only"
+            " its MLP.",
+        ),
+    ] = None
+    order: Annotated[
+        str | None,
+        limit(description="A pruned checkpoint: remove the first of what it lost, by its search."),
+    ] = None
+    ratio: Ratio = None
+    drop_count: DropCount = None
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(drop=self.drop, order=self.order)
+        if self.order is not None:
+            _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        elif self.ratio is not None or self.drop_count is not None:
+            raise ValueError("`ratio` and `drop_count` are for `order`; `drop` says all")
+        for name in self.drop or ():
+            if isinstance(name, str) and not re.fullmatch(r"[am]\d+", name):
+                raise ValueError(f"`drop`: `{name}` is not a block, `a` or `m` and a block")
+        return self
+
+
+@settings
+class BlockPrunerSettings:
+    """Dropping, again and again, what raises the perplexity of what is left least."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "sub-block"
+    metric: Annotated[
+        Literal["perplexity", "kl"],
+        limit(
+            description="What is kept low: perplexity, as in the paper, or KL from the original."
+        ),
+    ] = "perplexity"
+    score_tokens: ScoredTokens = 16384
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class LlmDropSettings:
+    """Dropping the attentions, MLPs or blocks that turn the residual stream least."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "sub-block"
+    iterative: Annotated[
+        bool, limit(description="Measure again after each removal, rather than once.")
+    ] = False
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class EvoPressSettings:
+    """Searching by evolution for the set of removals nearest the original in KL."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "sub-block"
+    generations: Annotated[
+        int | None,
+        limit(ge=1, description="Generations; k (n - k) / 1.5 for k of n blocks if not given."),
+    ] = None
+    initial: Annotated[int, limit(ge=1, description="Random sets to start from.")] = 64
+    offspring: Annotated[int, limit(ge=2, description="Changed copies tried per generation.")] = 32
+    survivors: Annotated[
+        int, limit(ge=1, description="Of these, how many reach the second selection.")
+    ] = 2
+    first_tokens: Annotated[
+        int, limit(ge=1, description="Calibration tokens of the first selection.")
+    ] = 2048
+    score_tokens: ScoredTokens = 16384
+    seed: Seed = 0
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        if self.survivors > self.offspring:
+            raise ValueError("`survivors` cannot be more than `offspring`")
+        return self
+
+
+@settings
+class GateSettings:
+    """Dropping what gates, trained with frozen weights, learn to close first."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "block"
+    steps: Annotated[int, limit(ge=1, description="Steps of 8 sequences that gates train.")] = 150
+    rate: Annotated[float, limit(gt=0, le=1, description="Learning rate of the gates.")] = 0.1
+    seed: Seed = 0
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class TaylorSettings:
+    """Dropping what has the least first-order effect on the loss. Needs gradients."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "block"
+    score_tokens: ScoredTokens = 16384
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class MagnitudeSettings:
+    """Dropping what has the smallest weights, a baseline. Needs no data."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "block"
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
+
+
+@settings
+class RandomSettings:
+    """Dropping at random, the baseline that a method has to beat. Needs no data."""
+
+    ratio: Ratio = None
+    drop_count: DropCount = None
+    unit: Unit = "block"
+    seed: Seed = 0
+    protect: Protect = ()
+    keep: Keep = ()
+
+    @checked
+    def _check(self) -> Self:
+        _one_of(ratio=self.ratio, drop_count=self.drop_count)
+        _check_protect(self.protect)
+        return self
