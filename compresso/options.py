@@ -181,7 +181,7 @@ def _parameter(record: type, field: str, note: str, panel: str) -> inspect.Param
     kind, choices = _plain_type(get_type_hints(record)[field])
     shown: bool | str = False
     declared = FLAGS.get(field, flag(field))
-    if kind is bool and default and "/" not in declared:
+    if kind is bool and default is not False and "/" not in declared:
         declared = f"{declared}/--no-{declared.removeprefix('--')}"
     if default is not None and default != () and kind in (bool, int, float, str):
         shown = str(default).lower() if kind is bool else str(default)

@@ -64,6 +64,23 @@ class AnalyzeSettings:
         Literal["all", "last"],
         limit(description="Tokens the angular distance is averaged over; the paper uses `last`."),
     ] = "all"
+    damage: Annotated[
+        bool,
+        limit(
+            description="Also run the model without each attention, each MLP and each block:"
+            " perplexity and KL."
+        ),
+    ] = False
+    pairs: Annotated[
+        bool,
+        limit(description="Also compare every two blocks, for folding: what they add, weights."),
+    ] = False
+    advise: Annotated[
+        bool, limit(description="Say what every method would remove for 5 to 50 % of parameters.")
+    ] = False
+    score_tokens: Annotated[
+        int, limit(ge=1, description="Calibration tokens for `damage` and `pairs`.")
+    ] = 16384
     plot: Annotated[
         bool | None,
         limit(description="Draw the report as .png and .svg; done if matplotlib is installed."),

@@ -172,6 +172,17 @@ def _check_long_enough(available: int, length: int, dataset: str) -> None:
         )
 
 
+def first_tokens(batches: list[Tensor], tokens: int) -> list[Tensor]:
+    """The first sequences that hold so many tokens, in batches as they were; all if too few."""
+    chosen: list[Tensor] = []
+    for batch in batches:
+        left = tokens - sum(part.numel() for part in chosen)
+        if left <= 0:
+            break
+        chosen.append(batch[: -(-left // batch.shape[1])])
+    return chosen
+
+
 def _batched(
     sequences: Tensor,
     batch_size: int | None,

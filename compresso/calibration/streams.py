@@ -81,7 +81,6 @@ class Streams:
             getattr(adapter.config, family.parallel)
         )
 
-    @torch.no_grad()
     def score(
         self,
         candidates: Sequence[Candidate],
@@ -97,17 +96,27 @@ class Streams:
 
         Raises NumericalError if a candidate's logits are not numbers.
         """
+        return [scores[metric] for scores in self.measure(candidates, (metric,), batches)]
+
+    @torch.no_grad()
+    def measure(
+        self,
+        candidates: Sequence[Candidate],
+        metrics: tuple[Metric, ...],
+        batches: Iterable[int] | None = None,
+    ) -> list[dict[Metric, float]]:
+        """As `score`, for several metrics in one walk."""
         chosen = list(range(len(self._batches)) if batches is None else batches)
-        if metric == "kl" and self._original is None:
+        if "kl" in metrics and self._original is None:
             self._original = self._final([Candidate()], list(range(len(self._batches))))[0].store
         streams = self._final(candidates, chosen)
-        scores = [0.0] * len(candidates)
-        for stream, value in zip(streams, self._heads(streams, chosen, metric), strict=True):
-            for member in stream.members:
-                scores[member] = value
+        found = self._heads(streams, chosen, metrics)
+        scores: dict[int, dict[Metric, float]] = {}
+        for stream, values in zip(streams, found, strict=True):
+            scores |= dict.fromkeys(stream.members, values)
             self._release(stream.store)
         self._adapter.unload_outside()
-        return scores
+        return [scores[member] for member in range(len(candidates))]
 
     def draw(self, tokens: int | None, random: Random) -> list[int]:
         """Numbers of random batches that hold so many tokens, ascending; of all if None."""
@@ -222,27 +231,28 @@ class Streams:
         tensors = {name: loaded[place] for name, place in places.items()}
         self._adapter.load_block(block, self._source, tensors)
 
-    def _heads(self, streams: list[_Stream], batches: list[int], metric: Metric) -> list[float]:
-        """The score of every stream that leaves the last block."""
-        totals, count = [0.0] * len(streams), 0
+    def _heads(
+        self, streams: list[_Stream], batches: list[int], metrics: tuple[Metric, ...]
+    ) -> list[dict[Metric, float]]:
+        """The scores of every stream that leaves the last block."""
+        totals = [dict.fromkeys(metrics, 0.0) for _ in streams]
+        count = 0
         for batch in batches:
             tokens = self._batches[batch]
             targets = tokens[:, 1:].to(self._adapter.device)
             count += targets.numel()
             for part in self._parts(len(tokens), targets.shape[1]):
                 original = None
-                if metric == "kl":
-                    assert self._original is not None
+                if self._original is not None and "kl" in metrics:
                     original = self._logits(self._original, batch, part)
-                for number, stream in enumerate(streams):
+                for total, stream in zip(totals, streams, strict=True):
                     logits = self._logits(stream.store, batch, part)
-                    lost = (
-                        cross_entropy(logits, targets[:, part])
-                        if original is None
-                        else divergence(original, logits)
-                    )
-                    totals[number] += lost.double().sum().item()
-        return [total / count for total in totals]
+                    if "loss" in metrics:
+                        lost = cross_entropy(logits, targets[:, part])
+                        total["loss"] += lost.double().sum().item()
+                    if original is not None:
+                        total["kl"] += divergence(original, logits).double().sum().item()
+        return [{metric: value / count for metric, value in total.items()} for total in totals]
 
     def _logits(self, store: Store, batch: int, part: slice) -> Tensor:
         return self._adapter.logits(self._source, store[batch][:, part])

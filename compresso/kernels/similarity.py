@@ -78,6 +78,37 @@ def pairwise_angular_distance(states: Tensor) -> Tensor:
     return _half_turns(cosine).mean(dim=0)
 
 
+def alignment(grams: Tensor) -> Tensor:
+    """Linear CKA of every two representations of the same tokens, (n, n) float64.
+
+    grams: (n, tokens, tokens), the products x x^T of each representation's tokens. Not modified.
+
+    1 for representations that differ by a rotation and a scale, 0 for uncorrelated ones.
+
+    Source: Kornblith et al., arXiv:1905.00414, equation 3.
+    """
+    centred = grams.double()
+    centred = centred - centred.mean(1, keepdim=True)
+    centred = (centred - centred.mean(2, keepdim=True)).flatten(1)
+    products = centred @ centred.T
+    lengths = products.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    return products / lengths / lengths[:, None]
+
+
+def relative_distance(samples: Tensor) -> Tensor:
+    """||a - b|| / sqrt(||a||^2 + ||b||^2) of every two rows, (n, n) float64.
+
+    samples: (n, weights), any floating dtype: the same weights of each. Not modified.
+
+    0 for equal rows, 1 for orthogonal ones, sqrt(2) for opposite ones.
+    """
+    rows = samples.double()
+    products = rows @ rows.T
+    energy = products.diagonal()
+    sums = energy + energy[:, None]
+    return ((sums - 2 * products).clamp(min=0) / sums.clamp(min=1e-300)).sqrt()
+
+
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"states of different shapes: {tuple(x.shape)} and {tuple(y.shape)}")

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from importlib.metadata import version
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compresso.calibration.data import Calibration
+from compresso.calibration.data import Calibration, first_tokens
+from compresso.calibration.pairs import compare_blocks
 from compresso.calibration.statistics import BlockScores, measure_blocks
+from compresso.calibration.streams import Streams
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError
-from compresso.kernels.selection import blocks_for_ratio, closest_run, lowest, tail
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
-from compresso.stages.heatmap import runs
-from compresso.stages.plots import draw_analysis, wants_plot
+from compresso.settings import AnalyzeSettings
+from compresso.stages.advice import ALL_RATIOS, SOME_RATIOS, make_advice, measure_damage
+from compresso.stages.plots import draw_analysis, draw_pairs, wants_plot
 from compresso.stages.prune_units import sub_block_costs
 
-ADVISED_RATIOS = (0.1, 0.2, 0.3)
 FILE = "analysis.json"
 
 
@@ -42,8 +42,9 @@ def analyze(
 
     Reports a row per block: `influence` (Block Influence), `attention` and `mlp` (similarity of
     the residual stream before and after either half), `parameters`, and `angles`, the angular
-    distances of the runs of 1, 2, ... blocks that start there. The summary's `advice` maps ratios
-    to methods to what they would drop.
+    distances of the runs of 1, 2, ... blocks that start there; with `damage` also perplexity and KL
+    without the block and without either half. The summary's `advice` maps ratios to methods to
+    what they would drop; with `pairs`, `pairs` has how alike every two blocks are.
 
     Raises ResourceError if a picture is demanded and matplotlib is missing.
     """
@@ -54,29 +55,65 @@ def analyze(
         device=runtime.device,
         trust_remote_code=runtime.trust_remote_code,
     )
+    settings: AnalyzeSettings = step.settings
     scores = measure_blocks(
         adapter,
         source,
         calibration.batches,
-        angles=step.settings.tokens,
+        angles=settings.tokens,
         runtime=runtime,
         spill_dir=target,
     )
+    some = first_tokens(calibration.batches, settings.score_tokens)
+    damage = None
+    if settings.damage:
+        streams = Streams(adapter, source, some, budget=runtime.max_memory, spill_dir=target)
+        damage = measure_damage(streams, adapter.count)
     costs = sub_block_costs(adapter, source)
-    parameters = [sum(costs[half : half + 2]) for half in range(0, len(costs), 2)]
-    report = Report(rows=_rows(scores, parameters))
-    report.summary = {
-        "blocks": adapter.count,
-        "parameters": source.parameters,
-        "block_parameters_share": sum(parameters) / source.parameters,
-        "tokens": scores.tokens,
-        "angle_tokens": scores.angle_tokens,
-        "advice": _advice(scores, parameters, source.parameters),
-    }
+    report = Report(rows=_rows(scores, costs, damage))
+    report.summary = _summary(scores, costs, source, settings, damage)
+    if settings.pairs:
+        pairs = compare_blocks(adapter, source, some, runtime=runtime, spill_dir=target)
+        report.summary["pairs"] = asdict(pairs)
     report.files["analysis"] = FILE
     if plot:
-        for path in draw_analysis(report, target, title=_title(source, report, calibration)):
+        title = _title(source, report, calibration)
+        for path in draw_analysis(report, target, title=title):
             report.files[path.suffix.removeprefix(".")] = path.name
+        if settings.pairs:
+            path = draw_pairs(report.summary["pairs"], target, title=title)
+            report.files["pairs"] = path.name
+    _write(report, source, step, calibration, target)
+    return report
+
+
+def _summary(
+    scores: BlockScores,
+    costs: list[int],
+    source: Checkpoint,
+    settings: AnalyzeSettings,
+    damage: dict[str, dict[str, float]] | None,
+) -> dict[str, Any]:
+    return {
+        "blocks": len(costs) // 2,
+        "parameters": source.parameters,
+        "block_parameters_share": sum(costs) / source.parameters,
+        "tokens": scores.tokens,
+        "angle_tokens": scores.angle_tokens,
+        "advice": make_advice(
+            scores,
+            costs,
+            total=source.parameters,
+            ratios=ALL_RATIOS if settings.advise else SOME_RATIOS,
+            damage=damage,
+        ),
+    }
+
+
+def _write(
+    report: Report, source: Checkpoint, step: Step, calibration: Calibration, target: Path
+) -> None:
+    """Write all there is to know as JSON."""
     record = {
         "source": {"path": str(source.path), "key": source.key},
         "step": step.to_json(),
@@ -85,7 +122,6 @@ def analyze(
         **report.to_json(),
     }
     (target / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 def _title(source: Checkpoint, report: Report, calibration: Calibration) -> str:
@@ -96,47 +132,27 @@ def _title(source: Checkpoint, report: Report, calibration: Calibration) -> str:
     )
 
 
-def _rows(scores: BlockScores, parameters: list[int]) -> list[dict[str, Any]]:
+def _rows(
+    scores: BlockScores, costs: list[int], damage: dict[str, dict[str, float]] | None
+) -> list[dict[str, Any]]:
     assert scores.triangle is not None
-    return [
-        {
+    rows: list[dict[str, Any]] = []
+    for block, influence in enumerate(scores.influence):
+        row: dict[str, Any] = {
             "block": block,
-            "influence": scores.influence[block],
+            "influence": influence,
             "attention": scores.attention[block],
             "mlp": scores.mlp[block],
-            "parameters": count,
-            "angles": [runs[block] for runs in scores.triangle if block < len(runs)],
+            "parameters": sum(costs[2 * block : 2 * block + 2]),
         }
-        for block, count in enumerate(parameters)
-    ]
-
-
-def _advice(scores: BlockScores, parameters: list[int], total: int) -> dict[str, Any]:
-    """Ratio -> method -> the blocks it would drop, and the damage that the scores predict.
-
-    influence: summed over the blocks. angle: summed over the runs that they form. Or `impossible`
-    and the reason, where no number of blocks is near the ratio.
-    """
-    assert scores.triangle is not None
-    methods: dict[str, Callable[[int], list[int]]] = {
-        "shortgpt": partial(lowest, scores.influence),
-        "contiguous": partial(closest_run, scores.triangle),
-        "tail": partial(tail, len(parameters)),
-    }
-    advice: dict[str, Any] = {}
-    for ratio in ADVISED_RATIOS:
-        choices: dict[str, Any] = {}
-        advice[f"{ratio:.0%}"] = choices
-        for method, choose in methods.items():
-            try:
-                drop = sorted(blocks_for_ratio(choose, parameters, total=total, ratio=ratio))
-            except ConfigError as error:
-                choices[method] = {"impossible": str(error).removeprefix("`ratio`: ")}
-                continue
-            choices[method] = {
-                "drop": drop,
-                "share": sum(parameters[block] for block in drop) / total,
-                "influence": sum(scores.influence[block] for block in drop),
-                "angle": sum(scores.triangle[len(run) - 1][run[0]] for run in runs(drop)),
-            }
-    return advice
+        if damage is not None:
+            for half, name in (
+                ("attention", f"a{block}"),
+                ("mlp", f"m{block}"),
+                ("block", f"{block}"),
+            ):
+                row[f"ppl_without_{half}"] = exp(damage[name]["loss"])
+                row[f"kl_without_{half}"] = damage[name]["kl"]
+        row["angles"] = [runs[block] for runs in scores.triangle if block < len(runs)]
+        rows.append(row)
+    return rows

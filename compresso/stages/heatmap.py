@@ -47,14 +47,19 @@ def analysis_view(report: Report, *, width: int) -> RenderableType:
             "the residual stream before and after each half\n"
         ),
     ]
+    if "kl_without_block" in report.rows[0]:
+        parts += [*(_heading("What the model loses without it"), damage_table(report.rows)), Text()]
+    if "pairs" in report.summary:
+        parts += [pair_view(report.summary["pairs"]), Text()]
     if len(report.rows) > 1:
         parts += [triangle_map(triangle_of(report.rows), width=width), Text()]
     return Group(
         *parts,
         *(_heading("What `prune` would drop"), advice_table(report.summary["advice"])),
         Text(
-            "influence: sum over these blocks; angle: sum over the runs they form. Less is\n"
-            "better among choices of one model; `eval` measures the damage itself"
+            "influence: sum over these blocks; angle: sum over the runs they form; KL: sum of\n"
+            "what was measured of each alone. Less is better among choices of one model;\n"
+            "`eval` measures the damage itself"
         ),
     )
 
@@ -133,14 +138,67 @@ def advice_table(advice: dict[str, Any]) -> Table:
     table.add_column("removed", justify="right")
     table.add_column("influence", justify="right")
     table.add_column("angle", justify="right")
+    measured = any("kl" in choice for choices in advice.values() for choice in choices.values())
+    if measured:
+        table.add_column("KL", justify="right")
     for ratio, choices in advice.items():
         for place, (method, choice) in enumerate(choices.items()):
             cells = [choice.get("impossible", "")]
             if "drop" in choice:
-                damage = [f"{choice['influence']:.3f}", _decimal(choice["angle"], 3)]
-                cells = [format_blocks(choice["drop"]), f"{choice['share']:.1%}", *damage]
+                damage = [
+                    f"{choice['influence']:.3f}" if "influence" in choice else "",
+                    _decimal(choice["angle"], 3) if "angle" in choice else "",
+                    *([f"{choice['kl']:.3f}"] if "kl" in choice else []),
+                ]
+                cells = [format_units(choice["drop"]), f"{choice['share']:.1%}", *damage]
             table.add_row("" if place else ratio, method, *cells)
     return table
+
+
+def damage_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A line per block: perplexity and KL without its attention, without its MLP, without it."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("block", justify="right")
+    for words in ("attention", "MLP", "block"):
+        table.add_column(f"no {words}:\nperplexity", justify="right")
+        table.add_column("\nKL", justify="right")
+    for row in rows:
+        cells = [str(row["block"])]
+        for half in ("attention", "mlp", "block"):
+            cells += [f"{row[f'ppl_without_{half}']:.4g}", f"{row[f'kl_without_{half}']:.4f}"]
+        table.add_row(*cells)
+    return table
+
+
+def pair_view(pairs: dict[str, list[list[float]]]) -> RenderableType:
+    """For every block, the other block most like it, by what they add and by their weights."""
+    table = Table(box=None, pad_edge=False)
+    for words in (
+        "block",
+        "adds most alike",
+        "CKA",
+        "weights most alike",
+        "distance",
+        "next block",
+    ):
+        table.add_column(words, justify="right")
+    alignment, distance = pairs["alignment"], pairs["distance"]
+    for block in range(len(alignment)):
+        others = [other for other in range(len(alignment)) if other != block]
+        if not others:
+            break
+        like = max(others, key=lambda other: alignment[block][other])
+        near = min(others, key=lambda other: distance[block][other])
+        following = f"{alignment[block][block + 1]:.3f}" if block + 1 in others else ""
+        cells = (like, f"{alignment[block][like]:.3f}", near, f"{distance[block][near]:.3f}")
+        table.add_row(str(block), *map(str, cells), following)
+    return Group(_heading("How alike blocks are, for folding"), table)
+
+
+def format_units(units: Sequence[int | str]) -> str:
+    """What a method drops: runs of blocks, or halves as `a3` and `m5`."""
+    blocks = [unit for unit in units if isinstance(unit, int)]
+    return format_blocks(blocks) if len(blocks) == len(units) else ", ".join(map(str, units))
 
 
 def triangle_of(rows: Sequence[dict[str, Any]]) -> list[list[float]]:

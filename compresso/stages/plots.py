@@ -57,6 +57,35 @@ def draw_analysis(report: Report, target: Path, *, title: str) -> list[Path]:
     return paths
 
 
+def draw_pairs(pairs: dict[str, list[list[float]]], target: Path, *, title: str) -> Path:
+    """Write how alike every two blocks are as pairs.png into `target`.
+
+    pairs: `alignment` and `distance`, as `calibration.pairs.Pairs` has them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    panels = (
+        ("alignment", "CKA of what two blocks add to the residual stream", "viridis"),
+        ("distance", "Distance of their weights: 0 equal, 1 unrelated", "viridis_r"),
+    )
+    for axes, (key, words, colours) in zip(figure.subplots(1, 2), panels, strict=True):
+        table = pairs[key]
+        others = [v for a, row in enumerate(table) for b, v in enumerate(row) if a != b] or [0.0]
+        # A block is like itself: its cell would stretch the colours.
+        image = axes.imshow(table, cmap=colours, vmin=min(others), vmax=max(others))
+        figure.colorbar(image, ax=axes, shrink=0.7)
+        axes.set_title(words, loc="left")
+        axes.set_xlabel("block")
+        _count_up(axes, len(table))
+        if len(table) <= MOST_BLOCKS_WITH_NUMBERS:
+            _write_numbers(axes, image, table, first=0)
+    path = target / "pairs.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _draw_triangle(figure: Any, triangle: Triangle) -> None:
     import numpy as np
 
@@ -91,8 +120,8 @@ def _draw_triangle(figure: Any, triangle: Triangle) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _write_numbers(axes: Axes, image: Any, rows: Triangle) -> None:
-    for row, distances in enumerate(rows, start=1):
+def _write_numbers(axes: Axes, image: Any, rows: Triangle, *, first: int = 1) -> None:
+    for row, distances in enumerate(rows, start=first):
         for start, distance in enumerate(distances):
             red, green, blue, _ = image.cmap(image.norm(distance))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5

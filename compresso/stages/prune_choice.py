@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from compresso import registry
-from compresso.calibration.data import Calibration
+from compresso.calibration.data import Calibration, first_tokens
 from compresso.calibration.statistics import BlockScores, TokenChoice, measure_blocks
 from compresso.calibration.streams import Streams
 from compresso.checkpoint.reader import Checkpoint
@@ -75,18 +75,10 @@ class Choice:
         return given if given is not None else getattr(self.settings, "blocks", None)
 
     def batches(self, tokens: int | None = None) -> list[Tensor]:
-        """The calibration batches, as many as hold so many tokens; all if None."""
+        """The first calibration batches, that hold so many tokens; all if None."""
         assert self.calibration is not None
-        if tokens is None:
-            return self.calibration.batches
-        chosen: list[Tensor] = []
-        for batch in self.calibration.batches:
-            held = sum(part.numel() for part in chosen)
-            rows = min(len(batch), -(-(tokens - held) // batch.shape[1]))
-            if rows <= 0:
-                break
-            chosen.append(batch[:rows])
-        return chosen
+        batches = self.calibration.batches
+        return batches if tokens is None else first_tokens(batches, tokens)
 
     def streams(self, tokens: int) -> Streams:
         """For scoring candidates on so many calibration tokens."""

@@ -215,8 +215,9 @@ def test_advice_follows_from_the_scores(checkpoints, tmp_path):
             "contiguous": list(range(start, start + count)),
             "tail": list(range(BLOCKS - 1 - count, BLOCKS - 1)),
         }
-        assert {method: choice["drop"] for method, choice in choices.items()} == expected
-        for choice in choices.values():
+        blocks = {method: choices[method] for method in expected}
+        assert {method: choice["drop"] for method, choice in blocks.items()} == expected
+        for choice in blocks.values():
             assert choice["share"] == pytest.approx(count * each / total)
             influence = sum(rows[block]["influence"] for block in choice["drop"])
             assert choice["influence"] == pytest.approx(influence)

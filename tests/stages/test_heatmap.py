@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from compresso.report import Report
-from compresso.stages.heatmap import analysis_view, format_blocks, triangle_of
+from compresso.stages.heatmap import analysis_view, format_blocks, format_units, triangle_of
 
 
 def rendered(report, width=80, **console):
@@ -63,13 +63,34 @@ def test_advice_is_listed():
         "10%": {"tail": {"impossible": "0.1 is less than half a block"}},
         "20%": {"shortgpt": choice, "tail": choice},
     }
-    first, second, third = rendered(report).splitlines()[-5:-2]
+    first, second, third = rendered(report).splitlines()[-6:-3]
     assert first.split(maxsplit=2)[:2] == ["10%", "tail"] and "less than half a block" in first
     assert re.split(r"\s{2,}", second.strip()) == [
         *("20%", "shortgpt", "0, 2-3"),
         *("22.5%", "0.064", ".125"),
     ]
     assert third.split()[0] == "tail"
+
+
+def test_damage_and_pairs_are_shown_where_they_were_measured():
+    report = made_up(6)
+    assert "loses without it" not in rendered(report) and "alike" not in rendered(report)
+    for block, row in enumerate(report.rows):
+        for half, value in (("attention", 12.5), ("mlp", 13.25), ("block", 14.75)):
+            row[f"ppl_without_{half}"], row[f"kl_without_{half}"] = value + block, 0.125 * block
+    table = [[1.0 if a == b else 1 / (1 + abs(a - b)) for a in range(6)] for b in range(6)]
+    away = [[0.0 if a == b else 0.5 + 0.01 * abs(a - b - 2) for a in range(6)] for b in range(6)]
+    report.summary["pairs"] = {"alignment": table, "distance": away}
+    lines = rendered(report).splitlines()
+    damage = next(line for line in lines if "15.25" in line)
+    assert damage.split() == ["2", "14.5", "0.2500", "15.25", "0.2500", "16.75", "0.2500"]
+    pairs = next(line for line in lines if line.split()[:3] == ["2", "1", "0.500"])
+    assert pairs.split() == ["2", "1", "0.500", "4", "0.500", "0.500"]
+
+
+def test_halves_are_listed_by_name():
+    assert format_units([1, 2, 5]) == "1-2, 5"
+    assert format_units(["a3", "m5"]) == "a3, m5"
 
 
 @pytest.mark.parametrize(("blocks", "text"), [([3], "3"), ([1, 2, 4, 7, 8, 9], "1-2, 4, 7-9")])
