@@ -3,9 +3,9 @@
     python scripts/bench_depth.py --out DIR --text tests/data/heldout_tokens.npy \\
         --dataset tests/data/calibration_tokens.npy
 
-For every ratio and method: what is removed, the seconds and block forwards that choosing took, and
-perplexity and KL(original || pruned) on held-out windows. All methods read the same calibration
-text. Writes depth.json, depth.md and depth.png.
+For every ratio and method: what is removed, the seconds and block forwards that choosing took (for
+the largest ratio), and perplexity and KL(original || pruned) on held-out windows. All methods
+read the same calibration text. Writes depth.json, depth.md and depth.png.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compresso.recipe import make_step
 from compresso.runtime import Runtime, make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
 from compresso.stages.prune_choice import Choice, choose
-from compresso.stages.prune_units import Decision, cost_of
+from compresso.stages.prune_units import Decision, cost_of, unit_of
 
 RATIOS = (0.1, 0.2, 0.3, 0.4)
 SEEDS = (0, 1, 2, 3, 4)
@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockpruner kl": {"method": "blockpruner", "metric": "kl"},
     "evopress": {"method": "evopress"},
 }
+ANEW = ("tail", "contiguous", "evopress")  # the others rank units, whatever the ratio
+RANKED_AT = 0.4
 SCORED = ("taylor", "blockpruner", "evopress")
 
 
@@ -74,9 +76,8 @@ def main() -> None:
     for name, settings in METHODS.items():
         if options.only and name not in options.only:
             continue
-        for ratio in RATIOS:
-            rows += run_method(name, settings, ratio, source, runtime, options)
-            print(rows[-1]["method"], ratio, f"{rows[-1]['seconds']:.0f} s", flush=True)
+        rows += run_method(name, settings, source, runtime, options)
+        print(f"{name}: {rows[-1]['seconds']:.0f} s", flush=True)
     evaluate(rows, source, runtime, options)
     rows = with_medians(rows)
     (options.out / "depth.json").write_text(json.dumps(rows, indent=1))
@@ -88,34 +89,44 @@ def main() -> None:
 def run_method(
     name: str,
     settings: dict[str, Any],
-    ratio: float,
     source: Checkpoint,
     runtime: Runtime,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """One row for each seed."""
-    given = {**settings, "ratio": ratio}
+    """A row for each ratio and seed.
+
+    What ranks units is asked once, and the ranking is cut at every ratio.
+    """
+    given = dict(settings)
     if settings["method"] in SCORED:
         given["score_tokens"] = options.score_tokens
-    seeds = SEEDS if settings["method"] == "random" else (0,)
     rows = []
-    for seed in seeds:
+    for seed in SEEDS if settings["method"] == "random" else (0,):
         if settings["method"] in ("random", "evopress", "foldgpt"):
             given["seed"] = seed
-        start = time.perf_counter()
-        decision = decide(given, source, runtime, options)
-        rows.append(
-            {
-                "method": name,
-                "ratio": ratio,
-                "seed": seed,
-                "removed": decision.removed,
-                "share": cost_of(decision.removed, decision.costs) / source.parameters,
-                "seconds": time.perf_counter() - start,
-                **decision.facts,
-            }
-        )
+        for ratio in RATIOS if settings["method"] in ANEW else (RANKED_AT,):
+            start = time.perf_counter()
+            decision = decide(given | {"ratio": ratio}, source, runtime, options)
+            facts = {"seed": seed, "seconds": time.perf_counter() - start, **decision.facts}
+            for cut in (ratio,) if settings["method"] in ANEW else RATIOS:
+                removed = decision.removed
+                if settings["method"] not in ANEW:
+                    removed = cut_at(cut, decision, source.parameters)
+                share = cost_of(removed, decision.costs) / source.parameters
+                row = {"method": name, "ratio": cut, "removed": removed, "share": share}
+                rows.append(row | facts)
     return rows
+
+
+def cut_at(ratio: float, decision: Decision, total: int) -> list[int]:
+    """The first units of a ranking whose share is nearest the ratio."""
+    names = decision.order or sorted(decision.values, key=lambda name: decision.values[name])
+    prefixes: list[list[int]] = [[]]
+    for name in names:
+        prefixes.append([*prefixes[-1], *unit_of(name)])
+    shares = [cost_of(prefix, decision.costs) / total for prefix in prefixes]
+    best = min(range(len(shares)), key=lambda place: abs(shares[place] - ratio))
+    return sorted(prefixes[best])
 
 
 def decide(

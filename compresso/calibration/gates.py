@@ -10,29 +10,25 @@ with frozen weights, towards 0 or 1, within a budget. The design is ours:
 - The expected share of parameters that gates close is exactly the budget in every step: all
   logits move together, so no penalty has to be weighed against the loss. It grows from nothing
   to all of `remove_share` during the first half of the steps.
-- No term pulls a gate to 0 or 1: with independent draws the loss is least where no gate is
-  undecided, as far as the budget allows.
+- No term pulls a gate to 0 or 1: the mean over independent draws is linear in each chance, so
+  within the budget it is least where no gate, or a single one, is undecided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compresso.calibration.backward import head_gradient
-from compresso.calibration.states import States
+from compresso.calibration.gated_model import GatedModel, Unit
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import NumericalError, ResourceError
-from compresso.kernels.divergence import divergence
-from compresso.kernels.gates import blend, open_probability, sample_gates, scale, within_budget
+from compresso.kernels.gates import draw_noise, open_probability, sample_gates, within_budget
 from compresso.models.adapter import ModelAdapter
 from compresso.runtime import Runtime, format_bytes, free_memory, track
 
-ROWS = 8  # sequences per step: pairs of opposite noise
+ROWS = 8  # sequences per step, each with its own draw of all gates, in pairs
 RECORDS = 20  # in the history
 BETAS = (0.9, 0.99)  # of Adam: gradients of random gates are noisy and small steps are many
 # float32 numbers that a block keeps for the way back, per token, in widths of the residual stream
@@ -40,8 +36,6 @@ BETAS = (0.9, 0.99)  # of Adam: gradients of random gates are noisy and small st
 KEPT_WIDTHS = 12
 KEPT_INNER = 4
 FLOAT32_BYTES = 4
-
-Unit = Literal["block", "attention", "mlp", "sub-block"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,8 @@ def train_gates(
     Holds the whole model, and what one sequence leaves behind in all blocks. The same seed gives
     the same gates on the same machine. Takes minutes, and starts over when interrupted.
 
-    Raises ResourceError if memory is too small, NumericalError if the loss is not finite.
+    The model must have all its sub-blocks. Raises ResourceError if memory is too small,
+    NumericalError if the loss is not finite.
     """
     adapter = ModelAdapter.open(
         source,
@@ -115,113 +110,6 @@ def train_gates(
             if step % every == 0 or step == steps:
                 history.append(GateRecord(step, removed, loss, training.gates(removed)))
         return GateResult(history[-1].gates, model.costs, history)
-
-
-class GatedModel:
-    """A whole model in memory whose units can be scaled. A context: leaving it frees the weights.
-
-    costs: parameters in the linears of each gated unit, in execution order.
-    """
-
-    def __init__(self, adapter: ModelAdapter, source: Checkpoint, *, unit: Unit) -> None:
-        """unit: what one gate scales."""
-        self._adapter = adapter
-        self._source = source
-        self._unit = unit
-        self._arguments = States(adapter, [], budget=0, spill_dir=None)  # holds no states itself
-        self._gates: Tensor | None = None
-        self.costs = [
-            sum(adapter.weight(block, path).numel() for path in paths)
-            for block in adapter.blocks
-            for paths in self._linears()
-        ]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> GatedModel:
-        for index in range(self._adapter.count):
-            self._adapter.load_block(index, self._source)
-        if self._unit != "block":
-            self._hook_halves()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for index in range(self._adapter.count):
-            self._adapter.unload_block(index)
-        self._adapter.unload_outside()
-
-    def forward(self, tokens: Tensor, gates: Tensor | None) -> Tensor:
-        """What the last block returns, (B, T, d).
-
-        tokens: ids, (B, T) int64.
-        gates:  (gates,) float32; None for the model as it is, exactly what gates of 1 give.
-        """
-        self._gates = gates
-        hidden = self._arguments.enter(self._source, tokens)
-        for index, block in enumerate(self._adapter.blocks):
-            arguments = self._arguments.arguments(index, hidden)
-            output = block(hidden, *arguments.positional, **arguments.named)
-            if gates is not None and self._unit == "block":
-                output = blend(hidden, output, gates[index])
-            hidden = output
-        self._gates = None
-        return hidden
-
-    def gradient(self, tokens: Tensor, gates: Tensor, original: Tensor) -> tuple[float, Tensor]:
-        """Mean KL(original || gated) over all positions, in nats, and its gradient at the gates.
-
-        tokens:   ids, (B, T) int64.
-        gates:    (gates,) float32. Not modified; the gradient has its shape.
-        original: what the last block returns without gates, (B, T, d).
-        """
-        adapter, source = self._adapter, self._source
-
-        def score(logits: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                expected = adapter.logits(source, original[:, part])
-            return divergence(expected, logits).sum() / tokens.numel()
-
-        with torch.enable_grad():
-            leaf = gates.detach().to(adapter.device).requires_grad_()
-            hidden = self.forward(tokens, leaf)
-            lost, slope = head_gradient(adapter, source, hidden.detach(), score)
-            (gradient,) = torch.autograd.grad(hidden, leaf, slope.to(hidden.dtype))
-        return lost, gradient.to(gates.device)
-
-    def _linears(self) -> Iterator[list[str]]:
-        """The linears of every gated unit of a block."""
-        groups = self._adapter.family.linears
-        attention, mlp = (
-            [path for group in half for path in group] for half in (groups[:2], groups[2:])
-        )
-        if self._unit == "block":
-            yield attention + mlp
-            return
-        if self._unit != "mlp":
-            yield attention
-        if self._unit != "attention":
-            yield mlp
-
-    def _hook_halves(self) -> None:
-        family = self._adapter.family
-        outputs = {"attention": family.attention_output, "mlp": family.mlp_output}
-        chosen = outputs.values() if self._unit == "sub-block" else [outputs[self._unit]]
-        places = [block.get_submodule(path) for block in self._adapter.blocks for path in chosen]
-        for number, module in enumerate(places):
-            self._handles.append(module.register_forward_hook(self._gate(number)))
-
-    def _gate(self, number: int) -> Any:
-        """A hook that scales the output of a module, or its first, by a gate."""
-
-        def hook(_: nn.Module, __: object, output: Any) -> Any:
-            if self._gates is None:
-                return None
-            if isinstance(output, tuple):
-                return (scale(output[0], self._gates[number]), *output[1:])
-            return scale(output, self._gates[number])
-
-        return hook
 
 
 class _Training:
@@ -247,11 +135,9 @@ class _Training:
 
     def step(self, removed: float) -> float:
         """Draw gates for some sequences and move the logits; the loss."""
-        noise = torch.rand(ROWS // 2, len(self._logits), generator=self._generator)
-        noise = noise.clamp(1e-6, 1 - 1e-6)
+        noise = draw_noise(ROWS // 2, len(self._logits), self._generator)
         with torch.enable_grad():
-            logits = self._moved(self._logits, removed)
-            gates = sample_gates(logits, torch.cat([noise, 1 - noise]))
+            gates = sample_gates(self._moved(self._logits, removed), noise)
         found = [self._lost(self._next_row(), row) for row in gates.detach()]
         slopes = [gradient / (1 + lost) for lost, gradient in found]  # of log(1 + lost)
         self._optimizer.zero_grad()

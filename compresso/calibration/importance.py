@@ -26,8 +26,9 @@ def taylor_scores(
 
     batches: token ids, (B, T) int64 each, that the mean loss is taken over.
 
-    Norms and biases do not count, and a sub-block that the model lacks has none. Keeps what `walk_back` says, within `runtime.max_memory`; what
-    is over it goes to files in `spill_dir`. Raises as `walk_back` does.
+    Norms and biases do not count; a sub-block that the model lacks has no importance. Keeps what
+    `walk_back` says, within `runtime.max_memory`; what is over it goes to files in `spill_dir`.
+    Raises as `walk_back` does.
     """
     scores = [0.0] * (2 * adapter.count)
     walk = walk_back(adapter, source, batches, budget=runtime.max_memory, spill_dir=spill_dir)
@@ -54,7 +55,9 @@ def _taylor(weight: Tensor) -> float:
     return taylor_importance(weight.detach(), weight.grad)
 
 
-def _halves(adapter: ModelAdapter, index: int, importance: Callable[[Tensor], float]) -> list[float]:
+def _halves(
+    adapter: ModelAdapter, index: int, importance: Callable[[Tensor], float]
+) -> list[float]:
     """The sums over the linears of attention and of the MLP, wherever they are; 0 without any."""
     linears = adapter.family.linears
     scores = [0.0, 0.0]

@@ -20,6 +20,16 @@ LOW, HIGH = -0.1, 1.1
 TEMPERATURE = 2 / 3
 _BRACKET = 60.0  # logits whose sigmoid is 0 or 1 for every purpose
 _HALVINGS = 64
+_SMALLEST = 1e-6  # noise, away from 0 and 1
+
+
+def draw_noise(pairs: int, gates: int, generator: torch.Generator) -> Tensor:
+    """Noise for `sample_gates`, (2 * pairs, gates) float32, uniform on the open interval (0, 1).
+
+    The second half mirrors the first, so that each gate that one row closes is open in another.
+    """
+    noise = torch.rand(pairs, gates, generator=generator).clamp(_SMALLEST, 1 - _SMALLEST)
+    return torch.cat([noise, 1 - noise])
 
 
 def open_probability(logits: Tensor) -> Tensor:

@@ -188,14 +188,20 @@ def test_states_that_fit_nowhere_are_refused(checkpoints):
         walked(checkpoints("llama"), budget=1000)
 
 
-def test_a_model_that_overflows_is_refused(checkpoints, monkeypatch):
+def test_a_loss_or_gradient_that_is_not_finite_is_refused(checkpoints, monkeypatch):
     source = checkpoints("llama")
+    with monkeypatch.context() as changed:
+        changed.setattr(
+            backward, "head_gradient", lambda *_, **__: (1.0, torch.full((3, 20, 64), torch.nan))
+        )
+        with pytest.raises(NumericalError, match="the gradient before block `5` is not finite"):
+            walked(source, batches=BATCHES[:1])
+    impossible = torch.full((128,), -torch.inf)
+    impossible[0] = 0
     monkeypatch.setattr(
-        ModelAdapter,
-        "logits",
-        lambda self, _, hidden: hidden[..., :1] * float("inf") + torch.zeros(128),
+        ModelAdapter, "logits", lambda self, _, hidden: 0 * hidden[..., :1] + impossible
     )
-    with pytest.raises(NumericalError):
+    with pytest.raises(NumericalError, match="the loss is not finite"):
         walked(source)
 
 

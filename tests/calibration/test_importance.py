@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import BLOCKS, build, tokens
 from restructured import STRUCTURES, save
+from tiny_models import BLOCKS, build, tokens
 from torch.nn.functional import cross_entropy
 
 from compresso.calibration.importance import magnitude_scores, taylor_scores

@@ -7,7 +7,14 @@ from math import exp, log
 import pytest
 import torch
 
-from compresso.kernels.gates import blend, open_probability, sample_gates, scale, within_budget
+from compresso.kernels.gates import (
+    blend,
+    draw_noise,
+    open_probability,
+    sample_gates,
+    scale,
+    within_budget,
+)
 
 LOGITS = torch.tensor([-2.0, 0.0, 0.5, 3.0])
 COSTS = [1.0, 4.0, 1.0, 2.0]
@@ -32,6 +39,15 @@ def test_the_chance_to_be_open_is_that_of_draws():
     assert gates.min() == 0 and gates.max() == 1
     undecided = ((gates > 0) & (gates < 1)).double().mean(0)
     assert undecided.max() < 0.8 and undecided.min() > 0.1  # decided and undecided ones, always
+
+
+def test_noise_is_uniform_and_comes_in_opposite_pairs():
+    noise = draw_noise(5, 20_000, torch.Generator().manual_seed(0))
+    assert noise.shape == (10, 20_000) and noise.min() > 0 and noise.max() < 1
+    assert torch.equal(noise[5:], 1 - noise[:5])
+    assert torch.equal(noise, draw_noise(5, 20_000, torch.Generator().manual_seed(0)))
+    shares = torch.histc(noise[:5], bins=10, min=0, max=1) / noise[:5].numel()
+    assert (shares - 0.1).abs().max() < 5e-3
 
 
 def test_gates_differ_by_noise_and_follow_their_logits():
