@@ -26,9 +26,12 @@ HELP = {
     "analyze": """Measure how much every block, and its attention and MLP, changes the stream.
 
     Writes a report directory with the numbers; reads MODEL and changes nothing.""",
-    "prune": """Drop whole blocks of MODEL, chosen by a method.
+    "prune": """Drop blocks of MODEL, or halves of blocks, chosen by a method.
 
-    Writes a smaller checkpoint of the same kind, that loads wherever MODEL does.""",
+    Without whole blocks it loads wherever MODEL does; without halves, with the code it carries.""",
+    "fold": """Let blocks of MODEL share weights, as a method says.
+
+    Writes a checkpoint that stores shared weights once, and runs every block as before.""",
     "quantize": """Store the linear weights of MODEL's blocks in few bits.
 
     Writes a checkpoint of packed weights, that loads in plain transformers.""",

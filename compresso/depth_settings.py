@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self
 from compresso.config import checked, limit, settings
 
 
-def _one_of(**amounts: object) -> None:
+def one_of(**amounts: object) -> None:
+    """Raises ValueError unless exactly one is not None."""
     given = [name for name, value in amounts.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"give only one of {', '.join(f'`{name}`' for name in given)}")
@@ -16,7 +17,8 @@ def _one_of(**amounts: object) -> None:
         raise ValueError(f"give one of {', '.join(f'`{name}`' for name in amounts)}")
 
 
-def _check_protect(protect: tuple[int | str, ...]) -> None:
+def check_protect(protect: tuple[int | str, ...]) -> None:
+    """Raises ValueError for a word that names no block."""
     for place in protect:
         if isinstance(place, str) and place not in ("first", "last"):
             raise ValueError(f"`protect`: `{place}` is neither `first`, `last` nor a block")
@@ -63,8 +65,8 @@ class ShortGptSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, blocks=self.blocks)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, blocks=self.blocks)
+        check_protect(self.protect)
         return self
 
 
@@ -78,7 +80,7 @@ class ContiguousSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, blocks=self.blocks)
+        one_of(ratio=self.ratio, blocks=self.blocks)
         return self
 
 
@@ -91,7 +93,7 @@ class TailSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, blocks=self.blocks)
+        one_of(ratio=self.ratio, blocks=self.blocks)
         return self
 
 
@@ -116,9 +118,9 @@ class ManualSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(drop=self.drop, order=self.order)
+        one_of(drop=self.drop, order=self.order)
         if self.order is not None:
-            _one_of(ratio=self.ratio, drop_count=self.drop_count)
+            one_of(ratio=self.ratio, drop_count=self.drop_count)
         elif self.ratio is not None or self.drop_count is not None:
             raise ValueError("`ratio` and `drop_count` are for `order`; `drop` says all")
         for name in self.drop or ():
@@ -146,8 +148,8 @@ class BlockPrunerSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self
 
 
@@ -166,8 +168,8 @@ class LlmDropSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self
 
 
@@ -197,8 +199,8 @@ class EvoPressSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         if self.survivors > self.offspring:
             raise ValueError("`survivors` cannot be more than `offspring`")
         return self
@@ -219,8 +221,8 @@ class GateSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self
 
 
@@ -237,8 +239,8 @@ class TaylorSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self
 
 
@@ -254,8 +256,8 @@ class MagnitudeSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self
 
 
@@ -272,6 +274,6 @@ class RandomSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, drop_count=self.drop_count)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
+        check_protect(self.protect)
         return self

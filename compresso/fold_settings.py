@@ -11,8 +11,8 @@ from compresso.depth_settings import (
     Protect,
     Ratio,
     ScoredTokens,
-    _check_protect,
-    _one_of,
+    check_protect,
+    one_of,
 )
 
 Rank = Annotated[
@@ -39,8 +39,8 @@ class FoldGptSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(ratio=self.ratio, blocks=self.blocks)
-        _check_protect(self.protect)
+        one_of(ratio=self.ratio, blocks=self.blocks)
+        check_protect(self.protect)
         return self
 
 
@@ -68,7 +68,7 @@ class RecursiveSettings:
 
     @checked
     def _check(self) -> Self:
-        _one_of(slots=self.slots, loops=self.loops)
+        one_of(slots=self.slots, loops=self.loops)
         if self.ratio is not None and self.rank:
             raise ValueError("give only one of `ratio`, `rank`: the ratio decides the rank")
         return self

@@ -33,7 +33,7 @@ def _methods() -> Rows:
 
 
 def _families() -> Rows:
-    from compresso.models.families import FAMILIES
+    from compresso.families import FAMILIES
 
     return [{"name": name} for name in sorted(FAMILIES)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from compresso import registry
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError, ResourceError
-from compresso.models.families import family_of
+from compresso.families import family_of
 from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.runtime import format_bytes, free_memory

@@ -22,6 +22,7 @@ from compresso.depth_settings import (
     TaylorSettings,
 )
 from compresso.errors import ConfigError
+from compresso.fold_settings import FoldGptSettings, RecursiveSettings
 from compresso.settings import AnalyzeSettings, EvalSettings, GptqSettings, RtnSettings
 
 T = TypeVar("T")
@@ -142,6 +143,25 @@ STAGES = {
                 "compresso.stages.prune_choice:manual",
                 "the user's choice",
                 calibrated=False,
+            ),
+        },
+    ),
+    "fold": Stage(
+        "compresso.stages.fold:fold",
+        takes="dense",
+        leaves="dense",
+        methods={
+            "foldgpt": Method(
+                FoldGptSettings,
+                "compresso.stages.fold_plan:grouped",
+                "arXiv:2407.00928, groups by measured damage",
+                calibrated=True,
+            ),
+            "recursive": Method(
+                RecursiveSettings,
+                "compresso.stages.fold_plan:looped",
+                "arXiv:2410.20672",
+                calibrated=True,
             ),
         },
     ),

@@ -46,12 +46,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "shortgpt": {"method": "shortgpt"},
     "llm-drop joint": {"method": "llm-drop"},
     "llm-drop iterative": {"method": "llm-drop", "iterative": True},
-    "foldgpt blocks": {"method": "foldgpt"},
-    "foldgpt halves": {"method": "foldgpt", "unit": "sub-block"},
     "blockpruner blocks": {"method": "blockpruner", "unit": "block"},
     "blockpruner": {"method": "blockpruner"},
     "blockpruner kl": {"method": "blockpruner", "metric": "kl"},
-    "evopress": {"method": "evopress"},
+    "evopress": {"method": "evopress", "first_tokens": 1024},
+    "foldgpt blocks": {"method": "foldgpt", "steps": 100},
+    "foldgpt halves": {"method": "foldgpt", "unit": "sub-block", "steps": 100},
 }
 ANEW = ("tail", "contiguous", "evopress")  # the others rank units, whatever the ratio
 RANKED_AT = 0.4
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--score-tokens", type=int, default=8192)
+    parser.add_argument("--score-tokens", type=int, default=4096)
     parser.add_argument("--only", nargs="*", help="methods, by their names in the table")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

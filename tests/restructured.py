@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.models.families import Family, family_of
+from compresso.families import Family, family_of
 from compresso.models.structure import Structure, removed_tensors, restructure
 
 STRUCTURES = {

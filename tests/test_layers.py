@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 # What the modules of a directory may import of compresso, besides their own directory.
 KERNELS = {"errors"}
 CHECKPOINT = {"", "errors", "kernels"}
-MODELS = CHECKPOINT | {"checkpoint"}
+MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
 STAGES = CALIBRATION | {"calibration", "recipe", "registry", "report", "provenance"}
 ALLOWED = {
@@ -50,6 +50,7 @@ LIGHT = (
     "workspace",
     "provenance",
     "listing",
+    "families",
     "report",
     "runtime",
     "__main__",

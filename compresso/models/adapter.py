@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError, ResourceError
-from compresso.models.families import Family, family_of
+from compresso.families import Family, family_of
 from compresso.models.modeling_compresso import remove_half
 from compresso.models.names import stored_names
 from compresso.models.structure import Structure, borrowed_linears, halves, structure_of

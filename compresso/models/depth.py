@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from compresso.errors import ConfigError
-from compresso.models.families import Family
+from compresso.families import Family
 from compresso.models.structure import KEY, restructure, structure_of
 
 # Lists whose length has nothing to do with the number of blocks, though it may be equal.
@@ -96,5 +96,5 @@ def _check_expressible(config: dict[str, Any], family: Family, keep: list[int], 
             raise ConfigError(
                 f"`{name}` in config.json may hold one entry per block: cannot drop any",
                 hint="if it does, add it to `block_lists` of the family in "
-                "compresso/models/families.py; if not, to `NOT_PER_BLOCK` in depth.py",
+                "compresso/families.py; if not, to `NOT_PER_BLOCK` in depth.py",
             )

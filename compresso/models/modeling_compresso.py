@@ -86,16 +86,17 @@ class SharedLinear(nn.Module):
 class Factor(nn.Module):
     """One of the two factors of a correction: zero until it is loaded.
 
-    It is a linear without a bias, but not an `nn.Linear`, so that quantizers leave it alone.
+    It is a linear, but not an `nn.Linear`, so that quantizers leave it alone.
     """
 
-    def __init__(self, columns: int, rows: int) -> None:
+    def __init__(self, columns: int, rows: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, columns))
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        return nn.functional.linear(inputs, self.weight)
+        return nn.functional.linear(inputs, self.weight, self.bias)
 
 
 def remove_half(
@@ -120,7 +121,8 @@ def share_linears(block: nn.Module, owner: nn.Module, paths: Iterable[str]) -> N
 def correct_linears(block: nn.Module, paths: Iterable[str], rank: int) -> None:
     """Let the linears at these paths, own or shared, answer y + up(down(x)) in place of y.
 
-    Adds `<path>.correction_down.weight` (rank, in) and `<path>.correction_up.weight` (out, rank).
+    Adds `<path>.correction_down.weight` (rank, in) and `<path>.correction_up.weight` (out, rank),
+    and to a linear with a bias `<path>.correction_up.bias` (out,).
     """
     for path in paths:
         linear = block.get_submodule(path)
@@ -128,7 +130,7 @@ def correct_linears(block: nn.Module, paths: Iterable[str], rank: int) -> None:
         shape = tuple(real.weight.shape)  # type: ignore[operator, arg-type]
         rows, columns = reversed(shape) if isinstance(real, Conv1D) else shape
         linear.correction_down = Factor(columns, rank)
-        linear.correction_up = Factor(rank, rows)
+        linear.correction_up = Factor(rank, rows, bias=real.bias is not None)
         # A hook leaves the linear of the class that quantizers look for, and what `SharedLinear`
         # calls without its correction.
         linear.register_forward_hook(_add_correction)

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError
-from compresso.models.families import Family
+from compresso.families import Family
 
 
 def stored_names(model: PreTrainedModel, family: Family, source: Checkpoint) -> dict[str, str]:

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compresso.errors import CheckpointError, ConfigError
+from compresso.families import FAMILIES, RESTRUCTURED, Family, family_of
 from compresso.models import modeling_compresso
-from compresso.models.families import FAMILIES, RESTRUCTURED, Family, family_of
 
 MODELING_FILE = Path(modeling_compresso.__file__)
 """What must be beside the config.json of a structure that is not plain."""
@@ -52,7 +52,7 @@ class Structure:
         if bool(self.rank) != bool(self.corrected):
             raise ValueError(f"rank {self.rank} with corrections of {len(self.corrected)} blocks")
         for block, owner in enumerate(self.shared):
-            if owner > block or self.shared[owner] != owner:
+            if not 0 <= owner <= block or self.shared[owner] != owner:
                 raise ValueError(f"block {block} cannot use the linears of block {owner}")
             for removed in (self.no_attention, self.no_mlp):
                 if owner in removed and block not in removed:
@@ -114,8 +114,10 @@ class Structure:
 
 @dataclass(frozen=True)
 class Half:
-    """Attention or MLP of a block, by path in it: `modules` that add to the residual stream, the
-    `norms` that serve them alone, and `linears`."""
+    """Attention or MLP of a block, by paths in it.
+
+    modules: what adds to the residual stream. norms: those that serve it alone.
+    """
 
     modules: tuple[str, ...]
     norms: tuple[str, ...]
@@ -191,12 +193,15 @@ def structure_of(config: dict[str, Any]) -> Structure:
 def restructure(config: dict[str, Any], structure: Structure) -> dict[str, Any]:
     """The config.json of the same model with another structure; the stock one if it is plain.
 
-    config:    a parsed config.json, of any structure. Not modified.
+    config:    a parsed config.json, of any structure. Not modified. What the code that came with a
+               stock model was called (`auto_map`) is lost.
     structure: of all its blocks, whatever `config` says of them.
 
     Raises ConfigError if no block would have attention: nothing would count cached tokens.
     """
     new = copy.deepcopy(config)
+    if structure.plain and KEY not in config:
+        return new
     stock = CONFIG_MAPPING[new["model_type"].removeprefix(RESTRUCTURED)]
     base = stock.__name__.removesuffix("Config")
     ours = {"AutoConfig": f"{base}Config", "AutoModelForCausalLM": f"{base}ForCausalLM"}

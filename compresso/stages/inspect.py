@@ -10,8 +10,8 @@ from rich.console import Console
 
 from compresso.checkpoint.layout import schemes
 from compresso.checkpoint.reader import Checkpoint
+from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import FAMILIES, RESTRUCTURED
 from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table

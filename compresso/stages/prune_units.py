@@ -9,9 +9,9 @@ from typing import Any
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
+from compresso.families import Family
 from compresso.kernels.selection import blocks_for_ratio
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import Family
 from compresso.models.structure import halves
 
 HALVES = ("attention", "mlp")

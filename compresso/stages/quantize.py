@@ -77,10 +77,8 @@ def quantize(
     report = Report()
 
     def restore(index: int) -> dict[str, Tensor] | None:
-        if (part := target.restore(index)) is None:
-            return None
-        report.rows += part[1]["rows"]
-        return layout.to_dense(part[0], plan.scheme)
+        part = target.restore(index)
+        return None if part is None else layout.to_dense(part[0], plan.scheme)
 
     blocks = walk_blocks(adapter, source, states, restore=restore)
     for block in track(blocks, adapter.count, f"quantize {step.method}"):
@@ -88,10 +86,9 @@ def quantize(
             tensors, rows = work.quantize_block(block)
             target.commit(block.index, tensors, {"rows": rows})
             del tensors  # some of them keep a map of the source's shard
-            report.rows += rows
     outside, rows = work.quantize_outside(states)
     target.commit(adapter.count, outside, {"rows": rows})
-    report.rows += rows
+    report.rows = [row for part in range(adapter.count + 1) for row in _measured(target, part)]
     report.config = work.config()
     report.expected = work.expected()
     report.carried = adapter.unmapped_tensors()
@@ -244,6 +241,14 @@ class _Work:
             packed = path != name and path in quantized
             names += layout.packed_names(path, scheme) if packed else [name]
         return names
+
+
+def _measured(target: CheckpointWriter, part: int) -> list[dict[str, Any]]:
+    """The rows of a committed part."""
+    committed = target.restore(part)
+    assert committed is not None
+    rows: list[dict[str, Any]] = committed[1]["rows"]
+    return rows
 
 
 def _summary(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:

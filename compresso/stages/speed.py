@@ -80,6 +80,8 @@ def _measure(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    import compresso.models  # noqa: F401 - its classes load restructured checkpoints
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)

@@ -13,8 +13,8 @@ from walking import BATCHES, RAM, difference, real
 from compresso.calibration import backward
 from compresso.calibration.backward import head_gradient, walk_back
 from compresso.errors import ConfigError, NumericalError, ResourceError
+from compresso.families import family_of
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import family_of
 
 TARGETS = sum(batch[:, 1:].numel() for batch in BATCHES)
 

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from compresso.calibration.importance import magnitude_scores, taylor_scores
 from compresso.checkpoint.reader import Checkpoint
+from compresso.families import family_of
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import family_of
 from compresso.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, 10**9, False)

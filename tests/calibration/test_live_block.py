@@ -15,7 +15,7 @@ from walking import (
 )
 
 from compresso.calibration.walk import walk_blocks
-from compresso.models.families import family_of
+from compresso.families import family_of
 
 
 def test_grams_are_those_of_the_whole_model_with_the_weights_as_they_are(

@@ -13,8 +13,8 @@ from walking import RAM
 
 from compresso.calibration.candidates import Candidate
 from compresso.calibration.streams import Streams
+from compresso.families import FAMILIES
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import FAMILIES
 
 BATCHES = [tokens(3, 16, seed=1), tokens(3, 16, seed=2), tokens(1, 16, seed=3)]
 SUB_BLOCKS = range(2 * BLOCKS)

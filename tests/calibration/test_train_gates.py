@@ -12,8 +12,8 @@ from compresso.calibration.gated_model import GatedModel
 from compresso.calibration.gates import train_gates
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import NumericalError, ResourceError
+from compresso.families import family_of
 from compresso.models.adapter import ModelAdapter
-from compresso.models.families import family_of
 from compresso.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, 10**9, False)

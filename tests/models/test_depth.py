@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from walking import Identity
 
 from compresso.errors import ConfigError
+from compresso.families import Family, family_of
 from compresso.models.depth import drop_blocks, rename_blocks
-from compresso.models.families import Family, family_of
 from compresso.models.substitution import replaced
 
 KEEP = [0, 2, 3, 5]

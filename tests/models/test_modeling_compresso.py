@@ -10,8 +10,8 @@ from tiny_models import BLOCKS, build, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache, cache_utils
 from walking import difference
 
+from compresso.families import family_of
 from compresso.models import modeling_compresso
-from compresso.models.families import family_of
 from compresso.models.structure import MODELING_FILE, Structure
 
 IDS = tokens(2, 20)

@@ -10,8 +10,8 @@ import torch
 from restructured import STRUCTURES, reference, save
 from tiny_models import build, tokens
 
+from compresso.families import FAMILIES
 from compresso.models import MODEL_TYPES
-from compresso.models.families import FAMILIES
 from compresso.models.structure import MODELING_FILE
 
 IDS = tokens(1, 16)

@@ -8,8 +8,8 @@ from tiny_models import BLOCKS, build
 from transformers import AutoModelForCausalLM
 
 from compresso.errors import CheckpointError, ConfigError
+from compresso.families import family_of
 from compresso.models.depth import drop_blocks
-from compresso.models.families import family_of
 from compresso.models.structure import (
     Structure,
     borrowed_linears,
@@ -21,12 +21,14 @@ from compresso.models.structure import (
 
 
 def plain_config(name):
-    return json.loads(build(name).config.to_json_string(use_diff=True))
+    model = build(name)
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    return config | {"architectures": [type(model).__name__]}
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_a_config_says_its_structure_and_can_be_plain_again(family_name, kind):
-    stock = plain_config(family_name) | {"architectures": [type(build(family_name)).__name__]}
+    stock = plain_config(family_name)
     before = json.dumps(stock)
     config = json.loads(json.dumps(restructure(stock, STRUCTURES[kind])))
     assert json.dumps(stock) == before
@@ -35,6 +37,11 @@ def test_a_config_says_its_structure_and_can_be_plain_again(family_name, kind):
     assert restructure(config, Structure()) == stock
     other = restructure(config, STRUCTURES["shared"])
     assert other == restructure(stock, STRUCTURES["shared"])
+
+
+def test_a_stock_config_is_left_alone():
+    stock = plain_config("phi3") | {"auto_map": {"AutoConfig": "theirs.Config"}}
+    assert restructure(stock, Structure()) == stock
 
 
 def test_the_other_fields_stay():
@@ -92,6 +99,7 @@ def test_halves_hold_all_norms_and_linears_of_a_block(models, family_name):
         ({"rank": 2}, "rank 2 with corrections of 0 blocks"),
         ({"corrected": (1,)}, "rank 0 with corrections of 1 blocks"),
         ({"shared": (1, 1)}, "block 0 cannot use the linears of block 1"),
+        ({"shared": (0, -1)}, "block 1 cannot use the linears of block -1"),
         ({"shared": (0, 0, 1)}, "block 2 cannot use the linears of block 1"),
         ({"shared": (0, 0), "no_mlp": (0,)}, "block 1 uses linears that block 0 lacks"),
     ],

@@ -19,8 +19,8 @@ from compresso.calibration.data import Calibration
 from compresso.checkpoint.layout import Scheme, pack, quantization_config
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import NumericalError, ResourceError
+from compresso.families import FAMILIES
 from compresso.kernels.grid import fit_grid, round_to_grid
-from compresso.models.families import FAMILIES
 from compresso.recipe import make_step
 from compresso.report import Report
 from compresso.runtime import Runtime

@@ -16,7 +16,7 @@ from compresso.checkpoint.proof import prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError
-from compresso.models.families import FAMILIES
+from compresso.families import FAMILIES
 from compresso.recipe import make_step
 from compresso.runtime import Runtime
 from compresso.stages import prune_choice

@@ -178,5 +178,5 @@ def family_of(model_type: str) -> Family:
     raise ConfigError(
         f"unsupported architecture: `{model_type}`",
         hint=f"supported: {', '.join(sorted(FAMILIES))}; to add one, add its row to `FAMILIES` in "
-        "compresso/models/families.py and to `TINY_MODELS` in tests/tiny_models.py",
+        "compresso/families.py and to `TINY_MODELS` in tests/tiny_models.py",
     )

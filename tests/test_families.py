@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compresso.errors import ConfigError
-from compresso.models.families import FAMILIES, family_of
+from compresso.families import FAMILIES, family_of
 
 
 def test_every_family_has_a_tiny_model():
