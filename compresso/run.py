@@ -197,8 +197,9 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         ) from error
     except KeyboardInterrupt:
         saved = len(list(writer.partial.glob("model-*.safetensors")))
+        searched = "" if writer.recall() is None else " and the search so far"
         raise Interrupted(
-            f"interrupted; {saved} finished parts are saved in `{writer.partial}`",
+            f"interrupted; {saved} finished parts{searched} are saved in `{writer.partial}`",
             hint="run the same command again to go on from there",
         ) from None
     return report

@@ -61,6 +61,9 @@ def corrections(model: PreTrainedModel, family: Family, structure: Structure) ->
             found[f"{name}.correction_up.weight"] = torch.randn(
                 rows, structure.rank, generator=generator
             )
+            if f"{name}.bias" in dict(model.named_parameters()):
+                bias = torch.randn(rows, generator=generator) / 10
+                found[f"{name}.correction_up.bias"] = bias
     return found
 
 
@@ -100,6 +103,8 @@ def reference(name: str, structure: Structure, **changes: Any) -> PreTrainedMode
                 change = up @ factors[f"{prefix}.correction_down.weight"]
                 weight = block.get_parameter(f"{path}.weight")
                 weight += change.T if family.transposed else change
+            if (bias := factors.get(f"{prefix}.correction_up.bias")) is not None:
+                block.get_parameter(f"{path}.bias").add_(bias)
         if index in structure.no_attention:
             block.get_submodule(family.attention_output).register_forward_hook(_silence)
         if index in structure.no_mlp:

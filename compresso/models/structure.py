@@ -161,7 +161,7 @@ def removed_tensors(
         for block, owner in enumerate(structure.shared):
             if owner != block:
                 shared += [f"{prefix}{block}.{path}." for path in half.linears]
-    corrections = (".correction_down.weight", ".correction_up.weight")
+    corrections = tuple(f".correction_{end}" for end in ("down.weight", "up.weight", "up.bias"))
     return {
         name
         for name in names

@@ -16,12 +16,17 @@ from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
 from compresso.models.depth import drop_blocks, rename_blocks
-from compresso.models.structure import restructure, structure_of
+from compresso.models.structure import (
+    Structure,
+    removed_tensors,
+    restructure,
+    structure_of,
+)
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.prune_choice import Choice, choose
-from compresso.stages.prune_units import HALVES, Decision, cost_of, half_of, name_of
+from compresso.stages.prune_units import HALVES, Decision, cost_of, name_of
 
 
 @torch.no_grad()
@@ -107,13 +112,11 @@ def _kept_names(
     names = rename_blocks(
         source.names(), prefix=adapter.blocks_prefix, count=adapter.count, keep=keep
     )
-    for block in keep:
-        prefix = adapter.block_prefix(block)
-        for name in [name for name in names if name.startswith(prefix)]:
-            half = half_of(adapter.family, name.removeprefix(prefix))
-            if half is not None and 2 * block + half in removed:
-                del names[name]
-    return names
+    lost = [half for half in removed if half // 2 in keep]
+    gone = removed_tensors(
+        names, adapter.family, Structure().without(lost), prefix=adapter.blocks_prefix
+    )
+    return {name: new for name, new in names.items() if name not in gone}
 
 
 def _config(

@@ -57,7 +57,7 @@ def test_logits_and_generation(family_name, kind, tmp_path):
     model = restructured(family_name, structure, tmp_path)
     expected = logits(reference(family_name, structure))
     exact = not structure.corrected
-    assert difference(logits(model), expected) <= (0 if exact else 1e-5)
+    assert difference(logits(model), expected) <= (0 if exact else 2e-5)
     assert difference(logits(build(family_name)), expected) > 1e-3
     tokens_without, logits_without, _ = generate(model, use_cache=False)
     for options in ({}, {"cache_implementation": "static"}):

@@ -42,7 +42,7 @@ def test_block_by_block_it_is_the_same_model(family_name, kind, tmp_path):
     source = save(build(family_name), structure, tmp_path / "restructured")
     adapter = opened(source)
     assert adapter.structure == structure
-    assert difference(run(adapter, source), expected_logits(family_name, structure)) < 1e-5
+    assert difference(run(adapter, source), expected_logits(family_name, structure)) < 2e-5
     assert adapter.unmapped_tensors() == []
     inside = [name for index in range(BLOCKS) for name in adapter.block_tensors(index)]
     assert sorted(inside + adapter.outside_tensors()) == source.names()
@@ -91,7 +91,7 @@ def test_removed_in_memory_it_is_the_same_model(family_name, kind, checkpoints, 
     adapter.unload_block(0)
     assert real(adapter) == []
     assert adapter.structure == structure
-    assert difference(run(adapter, source), expected_logits(family_name, structure)) < 1e-5
+    assert difference(run(adapter, source), expected_logits(family_name, structure)) < 2e-5
     written = save(build(family_name), structure, tmp_path / "restructured")
     names = [name for index in range(BLOCKS) for name in adapter.block_tensors(index)]
     assert sorted(names + adapter.outside_tensors()) == written.names()
