@@ -26,8 +26,16 @@ def killed_before_rename(source, target, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target, **options)
 
+def killed_in_search(self, state, remember=writer.CheckpointWriter.remember, left=[int(part)]):
+    remember(self, state)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 if point == "after":
     writer.CheckpointWriter.commit = killed_after
+elif point == "search":
+    writer.CheckpointWriter.remember = killed_in_search
 else:
     os.replace = killed_before_rename
 from compresso.__main__ import main
@@ -103,6 +111,40 @@ def test_killed_and_resumed_is_bit_identical(model, whole, tmp_path, point, part
     ]
     for got, want in zip(*rows, strict=True):
         assert got["linear"] == want["linear"] and got["output_error"] == want["output_error"]
+
+
+DEPTH = {
+    "blockpruner": ["prune", "--method", "blockpruner", "--drop-count", "3"],
+    "evopress": ["prune", "--method", "evopress", "--ratio", "0.3", "--generations", "3"],
+    "fold": ["fold", "--blocks", "1", "--rank", "2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "part"),
+    [
+        ("blockpruner", "search", 2),
+        ("blockpruner", "after", 1),
+        ("evopress", "search", 2),
+        ("fold", "search", 1),
+        ("fold", "after", 2),
+    ],
+)
+def test_a_killed_search_ends_in_the_same_bytes(model, tmp_path, name, point, part):
+    stage, *options = DEPTH[name]
+    text = ("--dataset", str(model.parent / "tokens.npy"), "--nsamples", "8")
+
+    def command(output):
+        return ["compresso", stage, str(model), "-o", str(output), *options, *text]
+
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    killed = run([sys.executable, "-c", KILLED, point, str(part), *command(output)])
+    assert killed.returncode == -9, killed.stderr
+    assert not output.exists()
+    for path in (output, whole):
+        done = run([sys.executable, "-m", *command(path)])
+        assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(whole)
 
 
 def test_finished_work_is_recognised(model, whole):
