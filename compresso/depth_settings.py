@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Literal, Self
 
 from compresso.config import checked, limit, settings
+
+ENDS = ("first", "last")  # names of blocks
 
 
 def one_of(**amounts: object) -> None:
@@ -20,8 +23,10 @@ def one_of(**amounts: object) -> None:
 def check_protect(protect: tuple[int | str, ...]) -> None:
     """Raises ValueError for a word that names no block."""
     for place in protect:
-        if isinstance(place, str) and place not in ("first", "last"):
-            raise ValueError(f"`protect`: `{place}` is neither `first`, `last` nor a block")
+        if isinstance(place, str) and place not in ENDS:
+            near = difflib.get_close_matches(place, ENDS)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"`protect`: `{place}` is neither `first`, `last` nor a block{meant}")
 
 
 Ratio = Annotated[
