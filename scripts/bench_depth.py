@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--score-tokens", type=int, default=4096)
     parser.add_argument("--only", nargs="*", help="methods, by their names in the table")
     options = parser.parse_args()
@@ -78,6 +79,7 @@ def main() -> None:
             continue
         rows += run_method(name, settings, source, runtime, options)
         print(f"{name}: {rows[-1]['seconds']:.0f} s", flush=True)
+        (options.out / "choices.json").write_text(json.dumps(rows, indent=1))
     evaluate(rows, source, runtime, options)
     rows = with_medians(rows)
     (options.out / "depth.json").write_text(json.dumps(rows, indent=1))
@@ -152,7 +154,7 @@ def evaluate(
     rows: list[dict[str, Any]], source: Checkpoint, runtime: Runtime, options: argparse.Namespace
 ) -> None:
     """Add perplexity and KL on the held-out windows to every row, in float32."""
-    text = CalibrationSettings(dataset=options.text, samples=128, length=options.length)
+    text = CalibrationSettings(dataset=options.text, samples=options.windows, length=options.length)
     batches = load_heldout(text, source, whole=False, trust_remote_code=False).batches
     adapter = ModelAdapter.open(source, dtype=torch.float32, device=runtime.device)
     with TemporaryDirectory() as work:
