@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,10 +95,14 @@ def training_texts(seed: int) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], family: str) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE; END is id 0 and PAD id 1, as in the model's configuration."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if family == "qwen2":
+        # AutoTokenizer splits and normalizes as this class does, whatever tokenizer.json says.
+        stock = Qwen2Tokenizer().backend_tokenizer
+        core.normalizer, core.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
     options: dict[str, Any] = {"vocab_size": VOCABULARY, "special_tokens": [END, PAD]}
@@ -116,13 +121,13 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def prepare(work: Path, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
+def prepare(work: Path, family: str, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
     """Make the tokenizer and the training stream, or reuse those of an earlier start."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokens.npy").exists():
         texts = training_texts(seed)
         print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} M characters", flush=True)
-        tokenizer = train_tokenizer(texts)
+        tokenizer = train_tokenizer(texts, family)
         tokenizer.save_pretrained(work)
         np.save(work / "tokens.tmp.npy", encode(tokenizer, texts))
         os.replace(work / "tokens.tmp.npy", work / "tokens.npy")
@@ -318,7 +323,7 @@ def main() -> None:
     args.device = "cuda" if cuda else "cpu"
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     torch.manual_seed(args.seed)
-    tokenizer, tokens = prepare(args.out / "work", args.seed)
+    tokenizer, tokens = prepare(args.out / "work", args.family, args.seed)
     save(train(args, tokenizer, tokens), tokenizer, args.out / "model")
     print(json.dumps(evaluate(args.out / "model")), flush=True)
 
