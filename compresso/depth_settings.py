@@ -60,46 +60,60 @@ ScoredTokens = Annotated[
 
 
 @settings
-class ShortGptSettings:
-    """Dropping the blocks of lowest Block Influence, all at once."""
+class BlockAmount:
+    """How many blocks to remove."""
 
     ratio: Ratio = None
     blocks: BlockCount = None
+
+    @checked
+    def _check_amount(self) -> Self:
+        one_of(ratio=self.ratio, blocks=self.blocks)
+        return self
+
+
+@settings
+class Protection:
+    """Which blocks to leave alone."""
+
     protect: Protect = ()
     keep: Keep = ()
 
     @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, blocks=self.blocks)
+    def _check_protect(self) -> Self:
         check_protect(self.protect)
         return self
 
 
 @settings
-class ContiguousSettings:
-    """Dropping the run of blocks whose input and output are closest in angle."""
+class UnitAmount(Protection):
+    """How many units to remove, and what a unit is."""
 
     ratio: Ratio = None
-    blocks: BlockCount = None
-    tokens: AngleTokens = "all"
+    drop_count: DropCount = None
+    unit: Unit = "block"
 
     @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, blocks=self.blocks)
+    def _check_amount(self) -> Self:
+        one_of(ratio=self.ratio, drop_count=self.drop_count)
         return self
 
 
 @settings
-class TailSettings:
+class ShortGptSettings(Protection, BlockAmount):
+    """Dropping the blocks of lowest Block Influence, all at once."""
+
+
+@settings
+class ContiguousSettings(BlockAmount):
+    """Dropping the run of blocks whose input and output are closest in angle."""
+
+    tokens: AngleTokens = "all"
+
+
+@settings
+class TailSettings(BlockAmount):
     """Dropping the deepest blocks but the last. Needs no data."""
-
-    ratio: Ratio = None
-    blocks: BlockCount = None
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, blocks=self.blocks)
-        return self
 
 
 @settings
@@ -135,11 +149,9 @@ class ManualSettings:
 
 
 @settings
-class BlockPrunerSettings:
+class BlockPrunerSettings(UnitAmount):
     """Dropping, again and again, what raises the perplexity of what is left least."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
     unit: Unit = "sub-block"
     metric: Annotated[
         Literal["perplexity", "kl"],
@@ -148,42 +160,22 @@ class BlockPrunerSettings:
         ),
     ] = "perplexity"
     score_tokens: ScoredTokens = 16384
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self
 
 
 @settings
-class LlmDropSettings:
+class LlmDropSettings(UnitAmount):
     """Dropping the attentions, MLPs or blocks that turn the residual stream least."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
     unit: Unit = "sub-block"
     iterative: Annotated[
         bool, limit(description="Measure again after each removal, rather than once.")
     ] = False
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self
 
 
 @settings
-class EvoPressSettings:
+class EvoPressSettings(UnitAmount):
     """Searching by evolution for the set of removals nearest the original in KL."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
     unit: Unit = "sub-block"
     generations: Annotated[
         int | None,
@@ -199,86 +191,37 @@ class EvoPressSettings:
     ] = 2048
     score_tokens: ScoredTokens = 16384
     seed: Seed = 0
-    protect: Protect = ()
-    keep: Keep = ()
 
     @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
+    def _check_survivors(self) -> Self:
         if self.survivors > self.offspring:
             raise ValueError("`survivors` cannot be more than `offspring`")
         return self
 
 
 @settings
-class GateSettings:
+class GateSettings(UnitAmount):
     """Dropping what gates, trained with frozen weights, learn to close first."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
-    unit: Unit = "block"
     steps: Annotated[int, limit(ge=1, description="Steps of 8 sequences that gates train.")] = 150
     rate: Annotated[float, limit(gt=0, le=1, description="Learning rate of the gates.")] = 0.1
     seed: Seed = 0
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self
 
 
 @settings
-class TaylorSettings:
+class TaylorSettings(UnitAmount):
     """Dropping what has the least first-order effect on the loss. Needs gradients."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
-    unit: Unit = "block"
     score_tokens: ScoredTokens = 16384
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self
 
 
 @settings
-class MagnitudeSettings:
+class MagnitudeSettings(UnitAmount):
     """Dropping what has the smallest weights, a baseline. Needs no data."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
-    unit: Unit = "block"
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self
-
 
 @settings
-class RandomSettings:
+class RandomSettings(UnitAmount):
     """Dropping at random, the baseline that a method has to beat. Needs no data."""
 
-    ratio: Ratio = None
-    drop_count: DropCount = None
-    unit: Unit = "block"
     seed: Seed = 0
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, drop_count=self.drop_count)
-        check_protect(self.protect)
-        return self

@@ -66,6 +66,11 @@ class Family:
     generators: tuple[str, ...] = ()
     index_maths: tuple[str, ...] = ()
 
+    @property
+    def all_linears(self) -> list[str]:
+        """The linears of all groups, in execution order."""
+        return [path for group in self.linears for path in group]
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),

@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from compresso.config import checked, limit, settings
-from compresso.depth_settings import (
-    BlockCount,
-    Keep,
-    Protect,
-    Ratio,
-    ScoredTokens,
-    check_protect,
-    one_of,
-)
+from compresso.depth_settings import BlockAmount, Protection, Ratio, ScoredTokens, one_of
 
 Rank = Annotated[
     int,
@@ -25,23 +17,13 @@ Weighted = Annotated[
 
 
 @settings
-class FoldGptSettings:
+class FoldGptSettings(Protection, BlockAmount):
     """Sharing linears in the groups of adjacent blocks that lose least by it."""
 
-    ratio: Ratio = None
-    blocks: BlockCount = None
     max_group: Annotated[int, limit(ge=2, description="Most blocks that share one set.")] = 4
     rank: Rank = 0
     weighted: Weighted = True
     score_tokens: ScoredTokens = 16384
-    protect: Protect = ()
-    keep: Keep = ()
-
-    @checked
-    def _check(self) -> Self:
-        one_of(ratio=self.ratio, blocks=self.blocks)
-        check_protect(self.protect)
-        return self
 
 
 @settings

@@ -104,7 +104,7 @@ STAGES = {
             ),
             "llm-drop": Method(
                 LlmDropSettings,
-                "compresso.stages.prune_choice:llm_drop",
+                "compresso.stages.prune_search:llm_drop",
                 "arXiv:2406.15786",
                 calibrated=True,
             ),

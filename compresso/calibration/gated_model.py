@@ -14,6 +14,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.divergence import divergence
 from compresso.kernels.gates import blend, scale
 from compresso.models.adapter import ModelAdapter
+from compresso.models.structure import halves
 
 Unit = Literal["block", "attention", "mlp", "sub-block"]
 
@@ -90,12 +91,9 @@ class GatedModel:
             (gradient,) = torch.autograd.grad(hidden, leaf, slope.to(hidden.dtype))
         return lost, gradient.to(gates.device)
 
-    def _linears(self) -> Iterator[list[str]]:
+    def _linears(self) -> Iterator[tuple[str, ...]]:
         """The linears of every gated unit of a block."""
-        groups = self._adapter.family.linears
-        attention, mlp = (
-            [path for group in half for path in group] for half in (groups[:2], groups[2:])
-        )
+        attention, mlp = (half.linears for half in halves(self._adapter.family))
         if self._unit == "block":
             yield attention + mlp
             return

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compresso.calibration.gated_model import GatedModel, Unit
+from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import NumericalError, ResourceError
 from compresso.kernels.gates import draw_noise, open_probability, sample_gates, within_budget
@@ -91,12 +92,7 @@ def train_gates(
     The model must have all its sub-blocks. Raises ResourceError if memory is too small,
     NumericalError if the loss is not finite.
     """
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime)
     spare = _spare_memory(adapter, source, max(batch.shape[1] for batch in batches))
     memory = min(spare, runtime.max_memory)
     rows = [row for batch in batches for row in batch.split(1)]

@@ -11,6 +11,7 @@ from compresso.calibration.backward import walk_back
 from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.taylor import magnitude_importance, taylor_importance
 from compresso.models.adapter import ModelAdapter
+from compresso.models.structure import halves
 from compresso.runtime import Runtime, track
 
 
@@ -59,12 +60,11 @@ def _halves(
     adapter: ModelAdapter, index: int, importance: Callable[[Tensor], float]
 ) -> list[float]:
     """The sums over the linears of attention and of the MLP, wherever they are; 0 without any."""
-    linears = adapter.family.linears
     scores = [0.0, 0.0]
-    for mlp, groups in enumerate((linears[:2], linears[2:])):
+    for mlp, half in enumerate(halves(adapter.family)):
         if not adapter.structure.lacks(2 * index + mlp):
-            for path in (path for group in groups for path in group):
-                weight = adapter.linear(adapter.blocks[index], path).weight
+            for path in half.linears:
+                weight = adapter.blocks[index].get_submodule(path).weight
                 assert isinstance(weight, Tensor)
                 scores[mlp] += importance(weight)
     return scores

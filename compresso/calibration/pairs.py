@@ -65,7 +65,7 @@ def compare_blocks(
 
 def _sample(adapter: ModelAdapter, block: torch.nn.Module) -> Tensor:
     chosen = []
-    for path in (path for group in adapter.family.linears for path in group):
+    for path in adapter.family.all_linears:
         flat = adapter.weight(block, path).flatten()
         chosen.append(flat[:: max(1, len(flat) // SAMPLE)].float().cpu())
     return torch.cat(chosen)

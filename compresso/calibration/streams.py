@@ -222,7 +222,7 @@ class Streams:
             self._adapter.load_block(block, self._source)
             return
         own, other = self._adapter.block_prefix(block), self._adapter.block_prefix(weights)
-        linears = tuple(f"{path}." for group in self._adapter.family.linears for path in group)
+        linears = tuple(f"{path}." for path in self._adapter.family.all_linears)
         places = {}
         for name in self._adapter.block_tensors(block):
             inside = name.removeprefix(own)

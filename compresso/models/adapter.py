@@ -200,15 +200,11 @@ class ModelAdapter:
             empty_parameter(self.model, name)
 
     def unload_outside(self) -> None:
-        """Free the weights that `embed`, `enter` and `logits` loaded."""
+        """Free the weights that `enter` and `logits` loaded."""
         self._outside.clear()
         for name in self._stored:
             if not name.startswith(f"{self.family.blocks}."):
                 empty_parameter(self.model, name)
-
-    def linear(self, block: nn.Module, path: str) -> nn.Module:
-        """The linear of a block at a path of `family.linears`."""
-        return block.get_submodule(path)
 
     def weight(self, block: nn.Module, path: str) -> Tensor:
         """A linear's weight, (out, in), whichever way round it is stored. Not a copy."""
@@ -245,10 +241,6 @@ class ModelAdapter:
             body = self.model.get_submodule(self.family.body)
             body(tokens.to(self.device), use_cache=False)
         return recorders[0].hidden, [recorder.arguments for recorder in recorders]
-
-    def embed(self, source: Checkpoint, tokens: Tensor) -> Tensor:
-        """The hidden states entering block 0, (B, T, d), of ids (B, T) int64."""
-        return self.enter(source, tokens)[0]
 
     def logits(self, source: Checkpoint, hidden: Tensor) -> Tensor:
         """The model's own scores of the next token, (B, T, vocabulary) float32.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from compresso.calibration.data import Calibration, first_tokens
+from compresso.calibration.opening import open_adapter
 from compresso.calibration.pairs import compare_blocks
 from compresso.calibration.statistics import BlockScores, measure_blocks
 from compresso.calibration.streams import Streams
 from compresso.checkpoint.reader import Checkpoint
-from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
@@ -49,12 +49,7 @@ def analyze(
     Raises ResourceError if a picture is demanded and matplotlib is missing.
     """
     plot = wants_plot(step.settings.plot)
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime)
     settings: AnalyzeSettings = step.settings
     scores = measure_blocks(
         adapter,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compresso.calibration.data import Calibration
+from compresso.calibration.opening import open_adapter
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
@@ -141,12 +142,7 @@ def _walk(
 ) -> Evaluated:
     name, source = checkpoint
     # Differences between models are small: float32 keeps rounding out of them.
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.dtype or torch.float32,
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime, dtype=torch.float32)
     states = enter_blocks(
         adapter,
         source,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compresso.calibration.data import Calibration
+from compresso.calibration.opening import open_adapter
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.walk import LiveBlock, States, enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
@@ -53,12 +54,7 @@ def fold(
     calibration tokens up to the memory budget; for the search see `Streams`.
     """
     _check(source)
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime)
     plan = make_plan(Choice(step, adapter, source, calibration, target, runtime))
     work = _Work(adapter, source, plan)
     weighted = calibration is not None and plan.rank > 0 and step.settings.weighted
@@ -103,7 +99,7 @@ class _Work:
         self.adapter = adapter
         self.source = source
         self.plan = plan
-        self.paths = [path for paths in adapter.family.linears for path in paths]
+        self.paths = adapter.family.all_linears
         self.linears = linear_tensors(adapter)
 
     def write(

@@ -141,7 +141,7 @@ class Sizes:
 
 def linear_tensors(adapter: ModelAdapter) -> list[str]:
     """Names within a block, of any, of its linears' tensors in the checkpoint."""
-    linears = tuple(f"{path}." for group in adapter.family.linears for path in group)
+    linears = tuple(f"{path}." for path in adapter.family.all_linears)
     prefix = adapter.block_prefix(0)
     names = [name.removeprefix(prefix) for name in adapter.block_tensors(0)]
     return [name for name in names if name.startswith(linears)]

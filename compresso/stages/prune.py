@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compresso.calibration.data import Calibration
+from compresso.calibration.opening import open_adapter
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
@@ -57,12 +58,7 @@ def prune(
         raise ConfigError(
             f"the blocks of `{source.path}` share weights", hint="prune first, then fold"
         )
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime)
     if (first := target.restore(0)) is not None:
         decision = Decision(**first[1]["decision"])
     else:

@@ -177,13 +177,6 @@ def shortgpt(choice: Choice) -> Decision:
     return by_score(choice, "influence", [influence[unit[0] // 2] for unit in choice.units])
 
 
-def llm_drop(choice: Choice) -> Decision:
-    """The units that turn the residual stream least. Source: He et al., arXiv:2406.15786."""
-    if choice.settings.iterative:
-        return drop_one_by_one(choice)
-    return by_score(choice, "turn", turns(measured(choice), choice.units))
-
-
 def at_random(choice: Choice) -> Decision:
     """Units drawn at random, from a seed."""
     draw = Random(choice.settings.seed)
@@ -211,22 +204,6 @@ def deepest(choice: Choice) -> Decision:
     """The deepest blocks but the last. Source: arXiv:2403.17887, section 3.2."""
     drop = _blocks(choice, partial(tail, choice.adapter.count))
     return choice.decision([unit_of(block) for block in drop])
-
-
-def drop_one_by_one(choice: Choice) -> Decision:
-    """As `llm_drop`, but measured again after each removal."""
-    state = choice.target.recall() or {"order": [], "values": []}
-    order, values = [unit_of(name) for name in state["order"]], list(state["values"])
-    choice.adapter.remove(sub_block for unit in order for sub_block in unit)
-    while not choice.reached(order):
-        left = [unit for unit in choice.units if unit not in order]
-        found = turns(measured(choice), left)
-        place = ascending(found)[0]
-        order.append(left[place])
-        values.append(found[place])
-        choice.adapter.remove(left[place])
-        choice.target.remember({"order": [name_of(unit) for unit in order], "values": values})
-    return choice.searched(order, score="turn", values=values)
 
 
 def _blocks(choice: Choice, run: Callable[[int], list[int]]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp
 from random import Random
 from typing import Any
@@ -13,7 +13,7 @@ from compresso.errors import ConfigError
 from compresso.kernels.evolution import Mix, kinds_of, mixes_near, mutate, random_set
 from compresso.kernels.selection import ascending
 from compresso.runtime import log
-from compresso.stages.prune_choice import Choice
+from compresso.stages.prune_choice import Choice, by_score, measured, turns
 from compresso.stages.prune_units import Decision, Unit, cost_of, name_of, unit_of
 
 PATIENCE = 1.5  # EvoPress's generations are k (n - k) over this
@@ -22,29 +22,68 @@ PATIENCE = 1.5  # EvoPress's generations are k (n - k) over this
 def blockpruner(choice: Choice) -> Decision:
     """Remove, again and again, the unit without which the model does best.
 
-    The state is kept after each removal. The order goes on to the removal that reaches the wanted
-    ratio, even where the nearest ratio needs one less.
+    The order goes on to the removal that reaches the wanted ratio, even where the nearest ratio
+    needs one less.
 
     Source: Zhong et al., arXiv:2406.10594, Algorithm 1; candidates share what they have in common.
     """
     settings = choice.settings
     metric: Metric = "kl" if settings.metric == "kl" else "loss"
     streams = choice.streams(settings.score_tokens)
+
+    def lost(order: Sequence[Unit], left: Sequence[Unit]) -> list[float]:
+        gone = frozenset(sub_block for unit in order for sub_block in unit)
+        scores = streams.score([Candidate(gone.union(unit)) for unit in left], metric=metric)
+        return [exp(score) for score in scores] if metric == "loss" else scores
+
+    return _one_by_one(choice, settings.metric, lost, streams)
+
+
+def llm_drop(choice: Choice) -> Decision:
+    """The units that turn the residual stream least. Source: He et al., arXiv:2406.15786."""
+    if not choice.settings.iterative:
+        return by_score(choice, "turn", turns(measured(choice), choice.units))
+    absent: set[Unit] = set()
+
+    def turned(order: Sequence[Unit], left: Sequence[Unit]) -> list[float]:
+        for unit in order:
+            if unit not in absent:
+                choice.adapter.remove(unit)
+                absent.add(unit)
+        return turns(measured(choice), left)
+
+    return _one_by_one(choice, "turn", turned)
+
+
+def _one_by_one(
+    choice: Choice,
+    score: str,
+    measure: Callable[[Sequence[Unit], Sequence[Unit]], list[float]],
+    streams: Streams | None = None,
+) -> Decision:
+    """Remove the unit of lowest score, and measure again. The state is kept after each removal.
+
+    score:   name of what is measured.
+    measure: given the units that are gone, in order, and those that are left, the score of each
+             of the latter.
+    streams: whose forwards are counted.
+    """
     state = choice.target.recall() or {"order": [], "values": [], "forwards": 0, "naive": 0}
     order, values = [unit_of(name) for name in state["order"]], list(state["values"])
     while not choice.reached(order):
         left = [unit for unit in choice.units if unit not in order]
-        gone = frozenset(sub_block for unit in order for sub_block in unit)
-        scores = streams.score([Candidate(gone.union(unit)) for unit in left], metric=metric)
-        place = ascending(scores)[0]
+        found = measure(order, left)
+        place = ascending(found)[0]
         order.append(left[place])
-        values.append(exp(scores[place]) if metric == "loss" else scores[place])
-        names = [name_of(unit) for unit in order]
-        state = {"order": names, "values": values, **_counted(state, streams)}
+        values.append(found[place])
+        state |= {"order": [name_of(unit) for unit in order], "values": values}
+        if streams is not None:
+            state |= _counted(state, streams)
         choice.target.remember(state)
-        log(f"prune-blockpruner: `{name_of(order[-1])}` out, {settings.metric} {values[-1]:.4g}")
-    facts = {"block_forwards": state["forwards"] / 2, "naive_block_forwards": state["naive"] / 2}
-    return choice.searched(order, score=settings.metric, values=values, facts=facts)
+        name = f"prune-{choice.step.method}"
+        log(f"{name}: `{name_of(order[-1])}` out, {score} {values[-1]:.4g}")
+    facts = {} if streams is None else _forwards(state)
+    return choice.searched(order, score=score, values=values, facts=facts)
 
 
 def evopress(choice: Choice) -> Decision:
@@ -63,8 +102,7 @@ def evopress(choice: Choice) -> Decision:
         latest = state["history"][-1]
         log(f"prune-evopress: generation {latest['generation']}, kl {latest['kl']:.4g}")
     removed = [choice.units[place] for place in state["parent"]]
-    facts = {"block_forwards": state["forwards"] / 2, "naive_block_forwards": state["naive"] / 2}
-    facts["kl"] = state["history"][-1]["kl"]
+    facts = {"kl": state["history"][-1]["kl"], **_forwards(state)}
     return choice.decision(removed, score="kl", history=state["history"], facts=facts)
 
 
@@ -72,6 +110,11 @@ def _counted(before: dict[str, Any], streams: Streams) -> dict[str, int]:
     """Halves of blocks run so far, and what they would be without sharing."""
     forwards, naive = streams.take_forwards()
     return {"forwards": before["forwards"] + forwards, "naive": before["naive"] + naive}
+
+
+def _forwards(state: dict[str, Any]) -> dict[str, float]:
+    """The same in whole blocks, for the summary."""
+    return {"block_forwards": state["forwards"] / 2, "naive_block_forwards": state["naive"] / 2}
 
 
 class _Evolution:

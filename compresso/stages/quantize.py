@@ -14,6 +14,7 @@ from torch import Tensor
 from compresso import registry
 from compresso.calibration.data import Calibration
 from compresso.calibration.gram import GramSum
+from compresso.calibration.opening import open_adapter
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
 from compresso.calibration.walk import LiveBlock, enter_blocks, walk_blocks
@@ -57,12 +58,7 @@ def quantize(
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens up to the memory budget.
     """
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
+    adapter = open_adapter(source, runtime)
     plan = make_plan(adapter, step.settings)
     work = _Work(adapter, source, step, plan)
     probe = probe_tokens(adapter.config.get_text_config().vocab_size)

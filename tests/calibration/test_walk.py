@@ -127,7 +127,7 @@ def test_a_part_is_what_is_left_without_the_other(checkpoints, name, half):
     adapter, states = start(source)
     silenced = adapter.family.linears[3 if half == "attention" else 1][0]
     for block in walk_blocks(adapter, source, states):
-        for parameter in adapter.linear(block.module, silenced).parameters():
+        for parameter in block.module.get_submodule(silenced).parameters():
             parameter.zero_()
         for parts in block.forward_with_parts():
             left = parts.after_attention if half == "attention" else parts.after_mlp

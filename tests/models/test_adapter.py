@@ -56,8 +56,8 @@ def test_the_embeddings_are_what_block_0_gets(models, checkpoints, family_name):
     handle = first.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     models(family_name)(IDS, use_cache=False)
     handle.remove()
-    assert torch.equal(adapter.embed(source, IDS), given[0])
-    assert adapter.embed(source, IDS).shape == (2, 20, 64)
+    assert torch.equal(adapter.enter(source, IDS)[0], given[0])
+    assert adapter.enter(source, IDS)[0].shape == (2, 20, 64)
 
 
 def test_every_tensor_has_its_place(models, checkpoints, family_name):
@@ -77,7 +77,7 @@ def test_weights_are_there_only_while_loaded(models, checkpoints, family_name):
     source = checkpoints(family_name)
     adapter = opened(source)
     assert real(adapter) == []
-    adapter.embed(source, IDS)
+    adapter.enter(source, IDS)[0]
     assert not any(".1." in name or name.startswith("lm_head") for name in real(adapter))
     adapter.unload_outside()
     assert real(adapter) == []
@@ -105,7 +105,7 @@ def test_weights_are_out_by_in_whichever_way_they_are_stored(checkpoints, family
     adapter = opened(source)
     block = adapter.load_block(1, source)
     for path in (path for group in adapter.family.linears for path in group):
-        weight, linear = adapter.weight(block, path), adapter.linear(block, path)
+        weight, linear = adapter.weight(block, path), block.get_submodule(path)
         inputs = torch.randn(3, weight.shape[1])
         bias = 0 if linear.bias is None else linear.bias
         torch.testing.assert_close(linear(inputs), inputs @ weight.T + bias)
@@ -172,7 +172,7 @@ def test_a_tied_head_shares_the_embedding(models, checkpoints):
     source = checkpoints("qwen3")
     assert "lm_head.weight" not in source.names()
     adapter = opened(source)
-    adapter.embed(source, IDS)
+    adapter.enter(source, IDS)[0]
     adapter.logits(source, torch.zeros(1, 2, 64))
     assert adapter.model.lm_head.weight is adapter.model.model.embed_tokens.weight
     assert adapter.outside_tensors() == ["model.embed_tokens.weight", "model.norm.weight"]
@@ -224,13 +224,13 @@ def test_the_head_reads_the_last_norm(models, checkpoints, family_name):
 
 def test_another_source_is_not_confused_with_the_first(models, checkpoints, tmp_path):
     first, adapter = checkpoints("llama"), opened(checkpoints("llama"))
-    adapter.embed(first, IDS)
+    adapter.enter(first, IDS)[0]
     other = saved(
         tmp_path / "other",
         models("llama"),
         extra={"model.embed_tokens.weight": torch.ones(128, 64)},
     )
-    assert adapter.embed(other, IDS).eq(1).all()
+    assert adapter.enter(other, IDS)[0].eq(1).all()
 
 
 def test_a_missing_tensor_is_named(models, tmp_path):
