@@ -23,7 +23,8 @@ from compresso.depth_settings import (
 )
 from compresso.errors import ConfigError
 from compresso.fold_settings import FoldGptSettings, RecursiveSettings
-from compresso.settings import AnalyzeSettings, EvalSettings, GptqSettings, RtnSettings
+from compresso.quantize_settings import GptqSettings, RtnSettings
+from compresso.settings import AnalyzeSettings, EvalSettings
 
 T = TypeVar("T")
 

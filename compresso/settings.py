@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from compresso.config import checked, limit, settings
+from compresso.config import limit, settings
 
 Dataset = Annotated[
     str,
@@ -85,80 +85,6 @@ class AnalyzeSettings:
         bool | None,
         limit(description="Draw the report as .png and .svg; done if matplotlib is installed."),
     ] = None
-
-
-Bits = Annotated[Literal[2, 3, 4, 8], limit(description="Bits per code.")]
-GroupSize = Annotated[
-    int,
-    limit(ge=-1, description="Columns sharing one scale; a multiple of 8, or -1 for the row."),
-]
-Symmetric = Annotated[
-    bool, limit(description="Levels on both sides of zero, with no stored zero point.")
-]
-Ignore = Annotated[
-    tuple[str, ...],
-    limit(description="Linears to keep as they are: names, or `re:` and a pattern."),
-]
-Search = Annotated[
-    Literal["mse", "minmax"],
-    limit(description="Fit scales by search for the least error, or to the extremes."),
-]
-Head = Annotated[bool, limit(description="Quantize the output head too.")]
-Pack = Annotated[
-    bool, limit(description="Store packed codes; otherwise the rounded weights, uncompressed.")
-]
-
-
-def _check_group_size(group_size: int) -> None:
-    if group_size != -1 and (group_size < 8 or group_size % 8):
-        raise ValueError(f"`group_size` must be -1 or a multiple of 8, not {group_size}")
-
-
-@settings
-class RtnSettings:
-    """Rounding every weight to its nearest level. Needs no data."""
-
-    bits: Bits = 4
-    group_size: GroupSize = 64
-    symmetric: Symmetric = True
-    grid: Search = "mse"
-    ignore: Ignore = ()
-    lm_head: Head = False
-    pack: Pack = True
-
-    @checked
-    def _check(self) -> Self:
-        _check_group_size(self.group_size)
-        return self
-
-
-@settings
-class GptqSettings:
-    """Rounding columns one after another, each one's error moved to those after it."""
-
-    bits: Bits = 4
-    group_size: GroupSize = 64
-    symmetric: Symmetric = True
-    grid: Search = "mse"
-    damping: Annotated[
-        float,
-        limit(gt=0, le=1, description="Fraction of the gram diagonal's mean added to it."),
-    ] = 0.01
-    act_order: Annotated[
-        bool, limit(description="Round the columns of largest input first; groups stay in place.")
-    ] = True
-    refine: Annotated[
-        int,
-        limit(ge=0, le=100, description="Passes over codes and scales afterwards; 0: plain GPTQ."),
-    ] = 3
-    ignore: Ignore = ()
-    lm_head: Head = False
-    pack: Pack = True
-
-    @checked
-    def _check(self) -> Self:
-        _check_group_size(self.group_size)
-        return self
 
 
 @settings

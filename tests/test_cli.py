@@ -23,12 +23,11 @@ from compresso.depth_settings import ManualSettings
 from compresso.gates import Gate
 from compresso.listing import TOPICS
 from compresso.options import ALIASES, FLAGS, flag, option_name, stage_parameters
+from compresso.quantize_settings import GptqSettings, RtnSettings
 from compresso.recipe import load_recipe
 from compresso.settings import (
     CalibrationSettings,
     EvalSettings,
-    GptqSettings,
-    RtnSettings,
     RuntimeSettings,
 )
 

@@ -5,11 +5,11 @@ import pytest
 from compresso.depth_settings import ContiguousSettings, ShortGptSettings
 from compresso.errors import ConfigError, GateError
 from compresso.gates import Gate, check_gates, gate_texts, parse_gates, split_limits
+from compresso.quantize_settings import GptqSettings
 from compresso.recipe import Recipe, dump_recipe, load_recipe, locate, make_step
 from compresso.settings import (
     CalibrationSettings,
     EvalSettings,
-    GptqSettings,
     RuntimeSettings,
 )
 

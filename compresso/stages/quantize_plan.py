@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compresso.checkpoint.layout import Scheme
 from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
-from compresso.settings import GptqSettings, RtnSettings
+from compresso.quantize_settings import UniformSettings
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Plan:
     head: bool
 
 
-def make_plan(adapter: ModelAdapter, settings: RtnSettings | GptqSettings) -> Plan:
+def make_plan(adapter: ModelAdapter, settings: UniformSettings) -> Plan:
     """Decide what is quantized, and refuse what cannot be.
 
     Raises ConfigError if a linear's columns do not divide into groups, an `ignore` pattern
