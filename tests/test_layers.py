@@ -17,7 +17,14 @@ KERNELS = {"errors"}
 CHECKPOINT = {"", "errors", "kernels"}
 MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
-STAGES = CALIBRATION | {"calibration", "recipe", "registry", "report", "provenance"}
+STAGES = CALIBRATION | {
+    "quantize_settings",
+    "calibration",
+    "recipe",
+    "registry",
+    "report",
+    "provenance",
+}
 ALLOWED = {
     "kernels": KERNELS,
     "checkpoint": CHECKPOINT,
