@@ -33,12 +33,16 @@ PER_MB = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # ru_maxrss is in byte
 DAMPING, BLOCK = 0.01, 128  # of GPTQ; GPTQModel's block is fixed, compresso's its own default
 # package-method; each package but compresso, which runs in this interpreter, has an environment
 TOOLS = ["compresso-rtn", "compresso-gptq"]
-TOOLS += ["llmcompressor-rtn", "llmcompressor-gptq", "gptqmodel-gptq"]
+TOOLS += ["llmcompressor-rtn", "llmcompressor-gptq", "llmcompressor-awq", "gptqmodel-gptq"]
+TOOLS += ["autoround-default", "autoround-best"]
 REQUIREMENTS = {
     "llmcompressor": ["llmcompressor==0.14.*"],
     "gptqmodel": ["gptqmodel==7.*", "optimum==2.*"],  # transformers loads GPTQ by way of optimum
+    "autoround": ["auto-round==0.16.*", "transformers==5.23.*", "accelerate", "datasets"],
 }
 REPORTED = ("torch", "transformers", "compressed-tensors", "llmcompressor", "gptqmodel")
+REPORTED += ("auto-round",)
+AUTOROUND_STEPS = {"default": 200, "best": 1000}  # of its commands auto-round, auto-round-best
 HEADER = "tool               bits group grid     ppl      KL   top1     MB quantize    wall RSS MB"
 
 
@@ -59,7 +63,7 @@ class Job:
 
 
 def quantize_llmcompressor(job: Job) -> Iterator[str]:
-    """RTN or GPTQ, saved packed; yields the name of each step when it is done."""
+    """RTN, GPTQ or AWQ, saved packed; yields the name of each step when it is done."""
     import datasets
     import transformers
     from llmcompressor import oneshot
@@ -80,6 +84,12 @@ def quantize_llmcompressor(job: Job) -> Iterator[str]:
     if job.tool.endswith("-gptq"):
         modifier = GPTQModifier
         options |= {"dampening_frac": DAMPING, "block_size": BLOCK, "actorder": "static"}
+    elif job.tool.endswith("-awq"):
+        from llmcompressor.modifiers.awq import AWQModifier as modifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
+
+        # 0.14 pins memory for an accelerator where there is none.
+        IntermediatesCache.pin_memory = lambda *_: None
     oneshot(model=model, recipe=[modifier(**options)], batch_size=job.batch_size, **data)
     yield "quantize"
     model.save_pretrained(job.checkpoint, save_compressed=True)
@@ -99,6 +109,27 @@ def quantize_gptqmodel(job: Job) -> Iterator[str]:
     model.quantize(data, batch_size=job.batch_size)
     yield "quantize"
     model.save(job.checkpoint)
+    yield "save"
+
+
+def quantize_autoround(job: Job) -> Iterator[str]:
+    """AutoRound with its own settings but for steps, saved packed; yields as the others do."""
+    import torch
+    import transformers
+    from auto_round import AutoRound
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    tokens = torch.from_numpy(numpy.load(job.calibration).astype("int64"))
+    options: dict[str, Any] = {"bits": job.bits, "group_size": job.group_size}
+    options |= {"sym": job.symmetric, "iters": AUTOROUND_STEPS[job.tool.split("-")[1]]}
+    options |= {"nsamples": len(tokens), "seqlen": tokens.shape[1], "device_map": "cpu"}
+    data = [{"input_ids": row[None]} for row in tokens]
+    rounding = AutoRound(model, tokenizer, dataset=data, **options)
+    yield "load"
+    rounding.quantize()
+    yield "quantize"
+    rounding.save_quantized(job.checkpoint, format="auto_round")
     yield "save"
 
 
@@ -122,6 +153,16 @@ def load_dense(checkpoint: str) -> Any:
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=bias)
             weights = {"weight": module.dequantize_weight().T}
             linear.load_state_dict(weights | ({"bias": module.bias} if bias else {}))
+            model.set_submodule(name, linear)
+        elif hasattr(module, "qweight"):  # of AutoRound: what it makes of a unit matrix
+            inputs, outputs = module.infeatures, module.outfeatures
+            linear = torch.nn.Linear(inputs, outputs, bias=module.bias is not None)
+            with torch.no_grad():
+                bias = torch.zeros(1) if module.bias is None else module.bias.float()
+                unit = torch.eye(inputs, dtype=module.scales.dtype)
+                linear.weight.copy_((module(unit).float() - bias).T)
+                if module.bias is not None:
+                    linear.bias.copy_(bias)
             model.set_submodule(name, linear)
     return torch.nn.Module.float(model).eval()  # transformers refuses once-quantized models its own
 
@@ -153,6 +194,7 @@ def evaluate(job: Job) -> dict[str, Any]:
 def work(action: str, payload: str, answer: str) -> None:
     """What a process of this script does; its answer is a file because peers use stdout."""
     peers = {"llmcompressor": quantize_llmcompressor, "gptqmodel": quantize_gptqmodel}
+    peers["autoround"] = quantize_autoround
     job, steps, start = Job(**json.loads(payload)), {}, time.perf_counter()
     for name in peers[action](job) if action in peers else ():
         # seconds since the step before, the first with the imports; peak memory so far

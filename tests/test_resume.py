@@ -116,6 +116,7 @@ def test_killed_and_resumed_is_bit_identical(model, whole, tmp_path, point, part
 DEPTH = {
     "blockpruner": ["prune", "--method", "blockpruner", "--drop-count", "3"],
     "evopress": ["prune", "--method", "evopress", "--ratio", "0.3", "--generations", "3"],
+    "gates": ["prune", "--method", "foldgpt", "--drop-count", "1", "--steps", "3"],
     "fold": ["fold", "--blocks", "1", "--rank", "2"],
 }
 
@@ -126,6 +127,7 @@ DEPTH = {
         ("blockpruner", "search", 2),
         ("blockpruner", "after", 1),
         ("evopress", "search", 2),
+        ("gates", "search", 2),
         ("fold", "search", 1),
         ("fold", "after", 2),
     ],

@@ -16,7 +16,9 @@ with frozen weights, towards 0 or 1, within a budget. The design is ours:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +80,8 @@ def train_gates(
     rate: float,
     seed: int,
     runtime: Runtime,
+    recall: Callable[[], dict[str, Any] | None] = lambda: None,
+    remember: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> GateResult:
     """Learn which units are least needed when `remove_share` of them is gone.
 
@@ -85,9 +89,11 @@ def train_gates(
     unit:         what one gate scales: a block, or attention, or MLP, or each of the two.
     remove_share: of the parameters in the linears of all gated units, strictly between 0 and 1.
     rate:         learning rate of Adam on the gates' logits.
+    recall:       the state that an earlier run of these settings remembered last, if any.
+    remember:     told the state after every step: plain values, to go on from.
 
     Holds the whole model, and what one sequence leaves behind in all blocks. The same seed gives
-    the same gates on the same machine. Takes minutes, and starts over when interrupted.
+    the same gates on the same machine, also when training was interrupted. Takes minutes.
 
     The model must have all its sub-blocks. Raises ResourceError if memory is too small,
     NumericalError if the loss is not finite.
@@ -98,13 +104,19 @@ def train_gates(
     rows = [row for batch in batches for row in batch.split(1)]
     with GatedModel(adapter, source, unit=unit) as model:
         training = _Training(model, rows, rate=rate, seed=seed, memory=memory)
+        state = recall() or {"step": 0, "history": []}
+        history = [GateRecord(**record) for record in state["history"]]
+        if state["step"]:
+            training.restore(state["training"])
         every = max(1, steps // RECORDS)
-        history = []
-        for step in track(range(1, steps + 1), steps, "train gates"):
+        ahead = range(state["step"] + 1, steps + 1)
+        for step in track(ahead, len(ahead), "train gates"):
             removed = remove_share * min(1.0, 2 * step / steps)
             loss = training.step(removed)
             if step % every == 0 or step == steps:
                 history.append(GateRecord(step, removed, loss, training.gates(removed)))
+            records = [asdict(record) for record in history]
+            remember({"step": step, "history": records, "training": training.state()})
         return GateResult(history[-1].gates, model.costs, history)
 
 
@@ -128,6 +140,26 @@ class _Training:
         logits = self._logits.detach().double()
         kept: list[float] = open_probability(self._moved(logits, removed)).tolist()
         return kept
+
+    def state(self) -> dict[str, Any]:
+        """All that changes from step to step, in plain values."""
+        adam = self._optimizer.state[self._logits]
+        return {
+            "logits": self._logits.tolist(),
+            "adam": {name: value.tolist() for name, value in adam.items()},
+            "random": self._generator.get_state().numpy().tobytes().hex(),
+            "order": self._order,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._logits.data.copy_(torch.tensor(state["logits"]))
+        self._optimizer.state[self._logits] = {
+            name: torch.tensor(value) for name, value in state["adam"].items()
+        }
+        drawn = torch.frombuffer(bytearray.fromhex(state["random"]), dtype=torch.uint8)
+        self._generator.set_state(drawn)
+        self._order = list(state["order"])
 
     def step(self, removed: float) -> float:
         """Draw gates for some sequences and move the logits; the loss."""

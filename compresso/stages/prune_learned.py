@@ -58,6 +58,8 @@ def foldgpt(choice: Choice) -> Decision:
         rate=settings.rate,
         seed=settings.seed,
         runtime=choice.runtime,
+        recall=choice.target.recall,
+        remember=choice.target.remember,
     )
     gates = dict(zip(gated, result.gates, strict=True))
     history = [asdict(record) for record in result.history]

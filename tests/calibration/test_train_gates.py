@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_models import BLOCKS, build, tokens
@@ -169,6 +171,17 @@ def test_the_seed_decides(checkpoints):
     with torch.no_grad():
         assert trained(source, steps=4) == first
     assert trained(source, steps=4, seed=1).gates != first.gates
+
+
+def test_training_goes_on_where_it_was_stopped(checkpoints):
+    source = checkpoints("llama")
+    states = []
+    whole = trained(source, steps=5, remember=lambda state: states.append(json.dumps(state)))
+    for stopped in (1, 3, 5):
+        assert trained(source, steps=5, recall=lambda n=stopped: json.loads(states[n - 1])) == whole
+    other = json.loads(states[2])
+    other["training"]["logits"][0] += 1
+    assert trained(source, steps=5, recall=lambda: other) != whole
 
 
 def test_what_is_kept_of_the_original_changes_nothing(checkpoints, monkeypatch):
