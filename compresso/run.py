@@ -15,12 +15,13 @@ from typing import Any
 from compresso import registry
 from compresso.calibration.data import Calibration, load_calibration, load_heldout
 from compresso.calibration.replay import replay
-from compresso.checkpoint.proof import ProofReport, compare, prove
+from compresso.checkpoint.packings import BITSANDBYTES, method_of
+from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
-from compresso.models.structure import MODELING_FILE, structure_of
+from compresso.models.structure import MODELING_FILES, needs_code
 from compresso.preflight import check_room, check_source
 from compresso.provenance import RECORD, make_record, read_record, step_key
 from compresso.recipe import Step
@@ -211,10 +212,11 @@ def _side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
     The code of restructured models is always this version's: an older one is not carried.
     """
     carried = source.side_files()
-    for name in (ROWS, MODELING_FILE.name):
+    own = {file.name: file for file in MODELING_FILES}
+    for name in (ROWS, *own):
         carried.pop(name, None)
-    if not structure_of(config).plain:
-        carried[MODELING_FILE.name] = MODELING_FILE
+    if needs_code(config):
+        carried |= own
     return carried
 
 
@@ -222,13 +224,24 @@ def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
     """Hold what was written against the model in memory, within the memory budget.
 
     A model that fits it is loaded whole, as users load it, and generates. A larger one is run block
-    by block.
+    by block, and so is, besides, one that bitsandbytes runs, whose kernels round more than a proof
+    may allow.
     """
     assert report.fingerprint is not None
     runtime, written = work.runtime, Checkpoint(path)
     dtype = runtime.compute_dtype(work.source.dtype)
-    if written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory:
-        return prove(
+    fits = written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory
+    if not fits or method_of(written.config) == BITSANDBYTES:
+        logits = replay(
+            written,
+            report.fingerprint.tokens,
+            dtype=dtype,
+            device=runtime.device,
+            trust_remote_code=runtime.trust_remote_code,
+        )
+        found = compare(path, logits, report.fingerprint, TOLERANCE[dtype])
+    if fits:
+        found = prove(
             path,
             report.fingerprint,
             dtype=dtype,
@@ -236,14 +249,7 @@ def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
             trust_remote_code=runtime.trust_remote_code,
             carried=report.carried,
         )
-    logits = replay(
-        written,
-        report.fingerprint.tokens,
-        dtype=dtype,
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    return compare(path, logits, report.fingerprint, dtype)
+    return found
 
 
 def _write_report(work: _Work, target: Path) -> Report:

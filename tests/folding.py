@@ -12,7 +12,7 @@ from compresso.checkpoint.proof import prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import FAMILIES
-from compresso.models.structure import MODELING_FILE
+from compresso.models.structure import MODELING_FILES
 from compresso.recipe import make_step
 from compresso.runtime import Runtime
 from compresso.stages.fold import fold
@@ -37,7 +37,7 @@ def run(source, target, method, **settings):
     step = make_step("fold", {"method": method, **settings}, where="test")
     with CheckpointWriter(target, key="test", parts=BLOCKS + 1) as writer:
         report = fold(source, step, CALIBRATION, writer, RUNTIME)
-        side_files = source.side_files() | {MODELING_FILE.name: MODELING_FILE}
+        side_files = source.side_files() | {file.name: file for file in MODELING_FILES}
         writer.finalize(config=report.config, side_files=side_files, expected=report.expected)
         writer.publish()
     prove(target, report.fingerprint, dtype=torch.float32, trust_remote_code=True)

@@ -16,7 +16,7 @@ and stands for scale * (code - zero), with zero = 2**(bits - 1) if symmetric. co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ from compresso.kernels.packing import pack_rows, unpack_rows
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+CODES = ".weight_packed"
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD, OLD_HEAD = "lm_head", "embed_out"
 
 
 @dataclass(frozen=True)
@@ -111,29 +113,49 @@ def unpack(path: str, tensors: dict[str, Tensor], scheme: Scheme) -> Packed:
     return Packed(codes, Grid(scale.float(), zero, scheme.bits, scale.dtype))
 
 
-def to_dense(tensors: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """The same tensors with every packed linear as its dense weight, in the type of its scales.
+def quantization_config(
+    scheme: Scheme | Mapping[str, Scheme], *, ignore: Iterable[str]
+) -> dict[str, Any]:
+    """The `quantization_config` entry of a config.json.
 
-    tensors: stored tensors by name. Not modified. scheme: of all packed linears among them.
-    """
-    dense = dict(tensors)
-    ending = ".weight_packed"
-    for path in [name.removesuffix(ending) for name in tensors if name.endswith(ending)]:
-        dtype = tensors[f"{path}.weight_scale"].dtype
-        dense[f"{path}.weight"] = unpack(path, tensors, scheme).decode().to(dtype)
-        for name in packed_names(path, scheme):
-            del dense[name]
-    return dense
-
-
-def quantization_config(scheme: Scheme, *, ignore: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` entry of a config.json whose packed linears all have one scheme.
-
+    scheme: of all packed linears, or of each, by module path. Linears that a runtime fuses, such as
+            q, k and v, must have the same.
     ignore: module paths of all linears that are not packed, a tied head included.
 
-    `dequantize` makes transformers decode while it loads. Without it, it decodes at the first
-    forward, cannot read asymmetric codes, and cannot attach an adapter before.
+    One scheme for all comes with `dequantize`, which makes transformers decode while it loads.
+    Without it, it decodes at the first forward, cannot read asymmetric codes, and cannot attach an
+    adapter before. With it, it takes every linear to have the same scheme.
+
+    Raises ValueError if the schemes are several and one of them is asymmetric.
     """
+    by_scheme: dict[Scheme, list[str]] = {}
+    if isinstance(scheme, Scheme):
+        by_scheme[scheme] = ["Linear"]
+    else:
+        for path, own in sorted(scheme.items()):
+            by_scheme.setdefault(own, []).append(path)
+    mixed = len(by_scheme) > 1
+    if mixed and not all(own.symmetric for own in by_scheme):
+        raise ValueError(
+            f"`{METHOD}` cannot load several schemes of which some are asymmetric: store symmetric"
+            " codes, or all linears as compresso's own codes (checkpoint/coded.py)"
+        )
+    groups = sorted(by_scheme.items(), key=lambda item: (item[0].bits, item[0].group_size))
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        # By name where there are several: names come before patterns and classes for every reader.
+        "config_groups": {
+            f"group_{index}": _config_group(own, paths if mixed else ["Linear"])
+            for index, (own, paths) in enumerate(groups)
+        },
+        "ignore": sorted(ignore),
+        **({} if mixed else {"dequantize": True}),
+    }
+
+
+def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     channel = scheme.group_size == -1
     weights = {
         "num_bits": scheme.bits,
@@ -143,21 +165,25 @@ def quantization_config(scheme: Scheme, *, ignore: Iterable[str]) -> dict[str, A
         "group_size": None if channel else scheme.group_size,
         "dynamic": False,
     }
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "format": FORMAT,
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
     }
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": sorted(ignore),
-        "dequantize": True,
-    }
+
+
+def module_of(path: str, modules: Collection[str]) -> str | None:
+    """The one of `modules`, paths in transformers, that a checkpoint calls `path`; None if none is.
+
+    A checkpoint may leave out the prefix of the base model, or have the old name of the head.
+    """
+    if path in modules:
+        return path
+    if path == OLD_HEAD and HEAD in modules:
+        return HEAD
+    return next((module for module in modules if module.endswith(f".{path}")), None)
 
 
 def schemes(config: dict[str, Any], paths: Iterable[str]) -> dict[str, Scheme]:
@@ -193,8 +219,8 @@ def schemes(config: dict[str, Any], paths: Iterable[str]) -> dict[str, Scheme]:
 
 def _group_of(path: str, targets: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The group a packed linear belongs to: by its name, else by a pattern, else by its class."""
-    if path in targets:
-        return targets[path]
+    if (named := module_of(path, targets)) is not None:
+        return targets[named]
     for target in sorted(targets):  # compressed-tensors, too, tries patterns in this order
         if target.startswith("re:") and re.match(target.removeprefix("re:"), path):
             return targets[target]

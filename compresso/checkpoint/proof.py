@@ -17,6 +17,8 @@ from compresso.errors import GateError, ResourceError
 # Largest difference allowed, as a share of the largest logit. What the type's rounding can add up
 # to over the blocks; a wrong weight or a shifted block is far above it.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# The same for kernels of bitsandbytes, which round what they multiply, by what turns them on.
+KERNELS = {"load_in_4bit": 0.04, "load_in_8bit": 0.08}
 TOP = 8  # logits recorded per position
 PROMPT = 64  # most tokens continued; without a cache, every one is run again for each new one
 NEW_TOKENS = 16
@@ -97,13 +99,17 @@ def prove(
     """
     with _quiet(), _blaming(path), torch.no_grad():
         model = _reload(path, carried, trust_remote_code=trust_remote_code)
+        tolerance = max(TOLERANCE[dtype], *_kernels(model))
+        model(input_ids=fingerprint.tokens[:, :1])  # what is decoded then, is in its own type
         for parameter in model.parameters():  # not the buffers: rotary tables stay float32
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        model.to(device).eval()
+        if model.device != torch.device(device):
+            model.to(device)
         tokens = fingerprint.tokens.to(device)
-        found = compare(path, model(input_ids=tokens).logits.float().cpu(), fingerprint, dtype)
-        generated, cache_difference = _generate(path, model, tokens, dtype)
+        logits = model.eval()(input_ids=tokens).logits.float().cpu()
+        found = compare(path, logits, fingerprint, tolerance)
+        generated, cache_difference = _generate(path, model, tokens, tolerance)
     return replace(found, generated=generated, cache_difference=cache_difference)
 
 
@@ -128,14 +134,19 @@ def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) ->
     return model
 
 
-def compare(
-    path: Path, logits: Tensor, fingerprint: Fingerprint, dtype: torch.dtype
-) -> ProofReport:
+def _kernels(model: Any) -> list[float]:
+    """The tolerances that the kernels of a model's packed linears ask for."""
+    entry = getattr(model.config, "quantization_config", None)
+    return [0.0, *(limit for flag, limit in KERNELS.items() if getattr(entry, flag, False))]
+
+
+def compare(path: Path, logits: Tensor, fingerprint: Fingerprint, tolerance: float) -> ProofReport:
     """Hold what a reloaded checkpoint says against what the model in memory said.
 
-    logits: (1, T, V) float32. dtype: the type both were computed in.
+    logits:    (1, T, V) float32.
+    tolerance: share of the largest logit: that in `TOLERANCE` of the type both were computed in.
 
-    Raises GateError if a logit differs by more than the type's tolerance.
+    Raises GateError if a logit differs by more than that.
     """
     expected = fingerprint.logits.cpu()
     if logits.shape != expected.shape:
@@ -144,7 +155,7 @@ def compare(
         )
     recorded = expected != -torch.inf
     difference = float((logits - expected)[recorded].abs().max())
-    limit = TOLERANCE[dtype] * max(1.0, float(expected[recorded].abs().max()))
+    limit = tolerance * max(1.0, float(expected[recorded].abs().max()))
     if not difference <= limit:  # so that NaN fails
         raise GateError(
             f"`{path}` is not the model it was in memory: logits differ by up to {difference:.3g} "
@@ -154,7 +165,7 @@ def compare(
     return ProofReport(difference, limit, float(agree.float().mean()))
 
 
-def _generate(path: Path, model: Any, tokens: Tensor, dtype: torch.dtype) -> tuple[int, float]:
+def _generate(path: Path, model: Any, tokens: Tensor, tolerance: float) -> tuple[int, float]:
     """Continue the tokens greedily with and without a cache.
 
     Returns how many tokens could be compared and the largest difference of a logit. Where the
@@ -168,7 +179,7 @@ def _generate(path: Path, model: Any, tokens: Tensor, dtype: torch.dtype) -> tup
     worst = 0.0
     for step in range(NEW_TOKENS):
         one, other = cached.logits[step].float(), uncached.logits[step].float()
-        limit = TOLERANCE[dtype] * max(1.0, float(other.abs().max()))
+        limit = tolerance * max(1.0, float(other.abs().max()))
         difference = float((one - other).abs().max())
         if not difference <= limit:
             raise GateError(

@@ -23,7 +23,7 @@ from compresso.checkpoint.directory import (
     read_json,
 )
 from compresso.checkpoint.hub import resolve
-from compresso.checkpoint.layout import Scheme, packed_names, schemes, unpack
+from compresso.checkpoint.packings import Packing, is_packed, packing_of
 from compresso.errors import CheckpointError
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
@@ -94,18 +94,19 @@ class Checkpoint:
 
     def weight_names(self) -> list[str]:
         """Names of the dense model's tensors, sorted. Raises CheckpointError as load_weights."""
-        hidden = {name for path in self._linears for name in self._stored(f"{path}.weight")}
-        dense = [f"{path}.weight" for path in self._linears]
+        packing = self.packing
+        hidden = {name for path in packing.shapes for name in packing.names(path)}
+        dense = [f"{path}.weight" for path in packing.shapes]
         return sorted([name for name in self._infos if name not in hidden] + dense)
 
     def weight_info(self, name: str) -> TensorInfo:
         """Shape and type of a dense tensor; nbytes is what is stored for it, in all its parts."""
-        path = name.removesuffix(".weight")
-        if path not in self._linears or name == path:
+        path = self._packed_path(name)
+        if path is None:
             return self.info(name)
-        stored = [self.info(part) for part in self._stored(name)]
+        stored = [self.info(part) for part in self.packing.names(path)]
         return TensorInfo(
-            shape=self._linears[path][1],
+            shape=self.packing.shapes[path],
             dtype=self.dtype,
             nbytes=sum(part.nbytes for part in stored),
             shard=stored[0].shard,
@@ -128,8 +129,12 @@ class Checkpoint:
         stored = self.load(part for name in wanted for part in self._stored(name))
         weights: dict[str, Tensor] = {}
         for name in wanted:
-            parts = {part: stored.pop(part) for part in self._stored(name) if part in stored}
-            weight = parts[name] if name in parts else self._decode(name, parts)
+            parts = {part: stored.pop(part) for part in self._stored(name)}
+            path = self._packed_path(name)
+            if path is None:
+                weight = parts[name]
+            else:
+                weight = self.packing.decode(path, parts).to(self.dtype)
             if not _finite(weight):
                 raise CheckpointError(f"`{name}` in `{self.path}` holds NaN or infinity")
             weights[name] = weight
@@ -154,7 +159,15 @@ class Checkpoint:
     @cached_property
     def packed(self) -> bool:
         """Whether some linears are stored as codes that `load_weights` decodes."""
-        return any(name.endswith(".weight_packed") for name in self._infos)
+        return is_packed(self.config, self._infos)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How the linears are stored that are stored as codes.
+
+        Raises CheckpointError if they are stored in a way that compresso cannot decode.
+        """
+        return packing_of(self.config, self._infos, self.load)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -200,34 +213,14 @@ class Checkpoint:
         """Files that hold weights but are not part of the checkpoint, such as other formats."""
         return carried_and_left_out(self.path)[1]
 
-    @cached_property
-    def _linears(self) -> dict[str, tuple[Scheme, tuple[int, int]]]:
-        """Path -> how it is packed, and the shape of its dense weight."""
-        paths = [
-            name.removesuffix(".weight_packed")
-            for name in self._infos
-            if name.endswith(".weight_packed")
-        ]
-        found = schemes(self.config, paths)
-        for path in paths:
-            for name in packed_names(path, found[path]):
-                self.info(name)
-        shapes = self.load(f"{path}.weight_shape" for path in paths)
-        linears: dict[str, tuple[Scheme, tuple[int, int]]] = {}
-        for path in paths:
-            rows, columns = shapes[f"{path}.weight_shape"].tolist()
-            linears[path] = (found[path], (rows, columns))
-        return linears
+    def _packed_path(self, name: str) -> str | None:
+        """The linear whose weight a dense tensor is, if that is stored as codes."""
+        path = name.removesuffix(".weight")
+        return path if path != name and path in self.packing.shapes else None
 
     def _stored(self, name: str) -> list[str]:
-        path = name.removesuffix(".weight")
-        if path in self._linears and name != path:
-            return packed_names(path, self._linears[path][0])
-        return [name]
-
-    def _decode(self, name: str, parts: dict[str, Tensor]) -> Tensor:
-        path = name.removesuffix(".weight")
-        return unpack(path, parts, self._linears[path][0]).decode().to(self.dtype)
+        path = self._packed_path(name)
+        return [name] if path is None else self.packing.names(path)
 
 
 def _finite(weight: Tensor) -> bool:

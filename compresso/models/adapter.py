@@ -15,7 +15,15 @@ from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.families import Family, family_of
 from compresso.models.modeling_compresso import remove_half
 from compresso.models.names import stored_names
-from compresso.models.structure import Structure, borrowed_linears, halves, structure_of
+from compresso.models.structure import (
+    KEY,
+    Structure,
+    borrowed_linears,
+    halves,
+    needs_code,
+    structure_of,
+    without_codes,
+)
 from compresso.models.substitution import (
     BlockArguments,
     Player,
@@ -81,6 +89,10 @@ class ModelAdapter:
         structure_of(source.config)  # transformers would fail anywhere if that is wrong
         try:
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+            if source.config.get("tie_word_embeddings") is False:  # in a view, unlike on disk
+                config.tie_word_embeddings = False
+            if needs_code(source.config):  # linears are filled with decoded weights
+                setattr(config, KEY, without_codes(source.config[KEY]))
             # Only parameters: rotary tables on the meta device would be lost.
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(

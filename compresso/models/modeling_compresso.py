@@ -1,8 +1,9 @@
-"""Models whose blocks lack a half, use another block's linears, or correct the ones they use.
+"""Models whose blocks lack a half, use another block's linears or correct them, or are coded.
 
-This file is part of every checkpoint of such a model (`auto_map` in config.json), so it needs
-nothing but torch and transformers. `Compresso<Base>Config` and `Compresso<Base>ForCausalLM` are
-the stock classes of any base with its blocks changed as `config.compresso` says:
+This file and coded_linear.py are part of every checkpoint of such a model (`auto_map` in
+config.json), so they need nothing but torch and transformers. `Compresso<Base>Config` and
+`Compresso<Base>ForCausalLM` are the stock classes of any base with its blocks changed as
+`config.compresso` says:
 
     {
       "blocks": "model.layers",          path of the list of blocks; all other paths are in a block
@@ -15,7 +16,10 @@ the stock classes of any base with its blocks changed as `config.compresso` says
       "mlp": {...},                      likewise
       "shared": [0, 0, 2],               the block whose linears each block uses; [] if all its own
       "rank": 8,                         rank of the corrections
-      "corrected": [1]                   blocks with a correction of every linear they use
+      "corrected": [1],                  blocks with a correction of every linear they use
+      "coded": {"lm_head": "b3g64"},     linears stored as codes, by path in the model: the kind
+      "coded_kinds": {"b3g64": {...}}    of codes, and what each kind means: see coded_linear.py;
+                                         both absent if there are none
     }
 
 Everything else in config.json is as it is for the stock model, one entry per block in every list.
@@ -31,7 +35,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, cache_utils
-from transformers.pytorch_utils import Conv1D
+
+from .coded_linear import CodedLinear, out_and_in
 
 
 class NoAttention(nn.Module):
@@ -127,8 +132,7 @@ def correct_linears(block: nn.Module, paths: Iterable[str], rank: int) -> None:
     for path in paths:
         linear = block.get_submodule(path)
         real = linear.linear if isinstance(linear, SharedLinear) else linear
-        shape = tuple(real.weight.shape)  # type: ignore[operator, arg-type]
-        rows, columns = reversed(shape) if isinstance(real, Conv1D) else shape
+        rows, columns = out_and_in(real)
         linear.correction_down = Factor(columns, rank)
         linear.correction_up = Factor(rank, rows, bias=real.bias is not None)
         # A hook leaves the linear of the class that quantizers look for, and what `SharedLinear`
@@ -152,6 +156,9 @@ def restructure_model(model: nn.Module, plan: dict[str, Any]) -> None:
     named = [*owners, *plan["corrected"], *(block for half in halves for block in half["removed"])]
     if len(owners) != len(blocks) or max(named) >= len(blocks):
         raise ValueError(f"`compresso` in the config is not about a model of {len(blocks)} blocks")
+    for path, kind in plan.get("coded", {}).items():
+        linear = model.get_submodule(path)
+        model.set_submodule(path, CodedLinear(linear, plan["coded_kinds"][kind]))
     for index, block in enumerate(blocks):
         linears: list[str] = []
         for half in halves:

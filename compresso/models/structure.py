@@ -15,14 +15,15 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from compresso.checkpoint.coded import CODED, KEY, KINDS
 from compresso.errors import CheckpointError, ConfigError
 from compresso.families import FAMILIES, RESTRUCTURED, Family, family_of
-from compresso.models import modeling_compresso
+from compresso.models import coded_linear, modeling_compresso
 
 MODELING_FILE = Path(modeling_compresso.__file__)
-"""What must be beside the config.json of a structure that is not plain."""
-
-KEY = "compresso"
+"""The code that a config.json names for which `needs_code`."""
+MODELING_FILES = (MODELING_FILE, Path(coded_linear.__file__))
+"""What must be beside it: that code, and what it imports."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def structure_of(config: dict[str, Any]) -> Structure:
 
     Raises CheckpointError if it describes none that is possible.
     """
-    if not config["model_type"].startswith(RESTRUCTURED):
+    if not needs_code(config):
         return Structure()
     try:
         plan = config[KEY]
@@ -190,17 +191,33 @@ def structure_of(config: dict[str, Any]) -> Structure:
         raise CheckpointError(f"`{KEY}` in config.json is missing or wrong: {error}") from None
 
 
-def restructure(config: dict[str, Any], structure: Structure) -> dict[str, Any]:
+def needs_code(config: dict[str, Any]) -> bool:
+    """Whether a parsed config.json is of a model that only `modeling_compresso` can run."""
+    found: bool = config["model_type"].startswith(RESTRUCTURED)
+    return found
+
+
+def without_codes(plan: dict[str, Any]) -> dict[str, Any]:
+    """What `KEY` holds in the config.json of the same model with dense linears. Not modified."""
+    return {name: value for name, value in plan.items() if name not in (CODED, KINDS)}
+
+
+def restructure(
+    config: dict[str, Any], structure: Structure, *, coded: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The config.json of the same model with another structure; the stock one if it is plain.
 
     config:    a parsed config.json, of any structure. Not modified. What the code that came with a
                stock model was called (`auto_map`) is lost.
     structure: of all its blocks, whatever `config` says of them.
+    coded:     of the linears that are stored as codes, as `checkpoint.coded.merge` returns it;
+               all are dense if None, whatever `config` says. Such a model is never stock.
 
     Raises ConfigError if no block would have attention: nothing would count cached tokens.
     """
     new = copy.deepcopy(config)
-    if structure.plain and KEY not in config:
+    plain = structure.plain and not coded
+    if plain and KEY not in config:
         return new
     stock = CONFIG_MAPPING[new["model_type"].removeprefix(RESTRUCTURED)]
     base = stock.__name__.removesuffix("Config")
@@ -208,7 +225,7 @@ def restructure(config: dict[str, Any], structure: Structure) -> dict[str, Any]:
     others = {auto: name for auto, name in new.pop("auto_map", {}).items() if auto not in ours}
     new.pop(KEY, None)
     new["model_type"] = stock.model_type
-    if structure.plain:
+    if plain:
         new["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[stock.model_type]]
         return new | ({"auto_map": others} if others else {})
     if len(structure.no_attention) == stock.from_dict(new).num_hidden_layers:
@@ -217,7 +234,7 @@ def restructure(config: dict[str, Any], structure: Structure) -> dict[str, Any]:
     new["architectures"] = [f"Compresso{base}ForCausalLM"]
     file = MODELING_FILE.stem
     new["auto_map"] = others | {auto: f"{file}.Compresso{name}" for auto, name in ours.items()}
-    new[KEY] = _plan(family_of(stock.model_type), structure)
+    new[KEY] = _plan(family_of(stock.model_type), structure) | (coded or {})
     return new
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from math import prod
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from compresso.checkpoint.layout import schemes
 from compresso.checkpoint.reader import Checkpoint
 from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.models.adapter import ModelAdapter
@@ -16,7 +15,6 @@ from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table
 
-PACKED = ".weight_packed"
 MOST_NAMES_SHOWN = 10
 
 
@@ -38,7 +36,7 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
         "stored_bytes": stored,
         "bits_per_weight": stored * 8 / parameters,
         "tensors": len(source.weight_names()),
-        "packed": _packed(source),
+        **_packed(source),
         "left_out_files": source.left_out_files(),
         "history": _history(source),
     }
@@ -55,12 +53,7 @@ def print_inspection(found: dict[str, Any]) -> None:
         names = found.get(key, [])
         if len(names) > MOST_NAMES_SHOWN:
             shown[key] = [*names[:MOST_NAMES_SHOWN], f"and {len(names) - MOST_NAMES_SHOWN} more"]
-    for entry in found["packed"]:
-        kind = "symmetric" if entry["symmetric"] else "asymmetric"
-        group = "row" if entry["group_size"] == -1 else f"{entry['group_size']} columns"
-        shown[f"packed at {entry['bits']} bits"] = (
-            f"{entry['linears']} linears, {kind}, per {group}"
-        )
+    shown |= _packed_rows(found["packed"])
     if not found["packed"]:
         shown["packed"] = "none: all weights are dense"
     console.print(summary_table(shown, "checkpoint"))
@@ -104,19 +97,41 @@ def _changes(structure: Structure) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _packed(source: Checkpoint) -> list[dict[str, Any]]:
-    """How many linears are packed, and how, by kind."""
-    paths = [name.removesuffix(PACKED) for name in source.names() if name.endswith(PACKED)]
-    kinds = Counter(schemes(source.config, paths).values())
-    return [
-        {
-            "linears": count,
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
-        }
-        for scheme, count in kinds.items()
-    ]
+def _packed(source: Checkpoint) -> dict[str, Any]:
+    """How many linears are packed, and how, by kind; and the bits of each of their weights."""
+    packing = source.packing
+    kinds: list[dict[str, Any]] = []
+    counts: list[int] = []
+    for kind in map(packing.kind, packing.shapes):
+        if kind not in kinds:
+            kinds.append(kind)
+            counts.append(0)
+        counts[kinds.index(kind)] += 1
+    found: dict[str, Any] = {
+        "packed": [{"linears": count, **kind} for kind, count in zip(kinds, counts, strict=True)]
+    }
+    if kinds:
+        infos = [source.weight_info(f"{path}.weight") for path in packing.shapes]
+        weights = sum(prod(info.shape) for info in infos)
+        found["packed_bits_per_weight"] = sum(info.nbytes for info in infos) * 8 / weights
+    return found
+
+
+def _packed_rows(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """Rows of the table, of what `_packed` found."""
+    rows: dict[str, list[str]] = {}
+    for entry in entries:
+        values = dict(entry)
+        linears = f"{values.pop('linears')} linears"
+        if "symmetric" in entry:
+            kind = "symmetric" if entry["symmetric"] else "asymmetric"
+            group = "row" if entry["group_size"] == -1 else f"{entry['group_size']} columns"
+            row, words = f"packed at {entry['bits']} bits", f"{linears}, {kind}, per {group}"
+        else:
+            row = f"packed as {values.pop('kind')}"
+            words = ", ".join([linears, *(f"{name} {value}" for name, value in values.items())])
+        rows.setdefault(row, []).append(words)
+    return {row: "; ".join(words) for row, words in rows.items()}
 
 
 def _history(source: Checkpoint) -> list[dict[str, Any]]:

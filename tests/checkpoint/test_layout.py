@@ -18,7 +18,6 @@ from compresso.checkpoint.layout import (
     packed_names,
     quantization_config,
     schemes,
-    to_dense,
     unpack,
 )
 from compresso.errors import CheckpointError
@@ -97,18 +96,6 @@ def test_unpack_inverts_pack(scheme: Scheme, rows: int, columns: int) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_to_dense_leaves_only_weights(symmetric: bool) -> None:
-    packed = random_packed(Scheme(4, 32, symmetric), 33, 64, torch.bfloat16)
-    stored = pack("a.b", packed, torch.bfloat16, symmetric=symmetric) | {"a.bias": torch.ones(33)}
-    names = list(stored)
-    dense = to_dense(stored, Scheme(4, 32, symmetric))
-    assert set(dense) == {"a.b.weight", "a.bias"} and list(stored) == names
-    assert dense["a.b.weight"].dtype == torch.bfloat16
-    assert torch.equal(dense["a.b.weight"].float(), packed.decode().bfloat16().float())
-    assert torch.equal(dense["a.bias"], stored["a.bias"])
-
-
 def test_stored_size() -> None:
     """4 bits in groups of 64 with bfloat16 scales are 4.25 bits a weight, and zeros 0.0625 more."""
     for symmetric, bits in ((True, 4.25), (False, 4.3125)):
@@ -178,6 +165,34 @@ def test_the_config_says_what_the_scheme_is(scheme: Scheme) -> None:
     assert schemes({"quantization_config": entry}, ["x", "y"]) == {"x": scheme, "y": scheme}
     assert entry["ignore"] == ["a", "b"]
     assert entry["dequantize"] is True
+
+
+def test_several_schemes_are_told_apart_by_name() -> None:
+    found = {"a.x": Scheme(4, 64, True), "a.y": Scheme(2, -1, True), "b.x": Scheme(4, 64, True)}
+    entry = json.loads(json.dumps(quantization_config(found, ignore=["head"])))
+    assert schemes({"quantization_config": entry}, found) == found
+    targets = [group["targets"] for group in entry["config_groups"].values()]
+    assert targets == [["a.y"], ["a.x", "b.x"]]
+    assert entry["ignore"] == ["head"] and "dequantize" not in entry
+    alike = dict.fromkeys(found, Scheme(3, 32, False))
+    assert quantization_config(alike, ignore=["head"]) == quantization_config(
+        Scheme(3, 32, False), ignore=["head"]
+    )
+
+
+def test_several_schemes_of_which_one_is_asymmetric_are_refused() -> None:
+    found = {"x": Scheme(4, 64, True), "y": Scheme(2, 64, False)}
+    with pytest.raises(ValueError, match="some are asymmetric: store symmetric codes, or all"):
+        quantization_config(found, ignore=[])
+
+
+def test_names_without_the_prefix_of_the_base_model_and_an_old_name_of_the_head() -> None:
+    found = {"model.layers.0.x": Scheme(4, 64, True), "lm_head": Scheme(2, -1, True)}
+    config = {"quantization_config": quantization_config(found, ignore=[])}
+    assert schemes(config, ["layers.0.x", "embed_out"]) == {
+        "layers.0.x": found["model.layers.0.x"],
+        "embed_out": found["lm_head"],
+    }
 
 
 def test_groups_of_other_tools() -> None:

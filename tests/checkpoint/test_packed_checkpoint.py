@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,30 +51,36 @@ def keep_head(path: str) -> bool:
 def write_packed(
     model: PreTrainedModel,
     path: Path,
-    scheme: Scheme,
+    scheme: Scheme | Callable[[str], Scheme],
     *,
     keep: Callable[[str], bool] = keep_head,
     embedding: bool = False,
     dequantize: bool = True,
 ) -> dict[str, Tensor]:
-    """Give the model random packed weights and write it. Returns the decoded ones."""
+    """Give the model random packed weights and write it. Returns the decoded ones.
+
+    scheme: of all packed linears, or what gives that of each path.
+    """
     model.save_pretrained(path / "dense")
     dense = Checkpoint(path / "dense")
     stored = dense.load(dense.names())
     decoded, kept = {}, []
+    used: dict[str, Scheme] = {}
     for seed, (name, module) in enumerate(model.named_modules()):
         wanted = isinstance(module, nn.Linear) and not keep(name)
         if wanted or (embedding and name.endswith("embed_tokens")):
             shape = stored.pop(f"{name}.weight").shape
-            packed = random_packed(scheme, *shape, model.dtype, seed=seed)
-            stored |= pack(name, packed, model.dtype, symmetric=scheme.symmetric)
+            own = used[name] = scheme if isinstance(scheme, Scheme) else scheme(name)
+            packed = random_packed(own, *shape, model.dtype, seed=seed)
+            stored |= pack(name, packed, model.dtype, symmetric=own.symmetric)
             decoded[f"{name}.weight"] = packed.decode().to(model.dtype)
             with torch.no_grad():
                 module.weight.copy_(decoded[f"{name}.weight"])  # type: ignore[operator,union-attr]
         elif isinstance(module, nn.Linear):
             kept.append(name)
-    entry = quantization_config(scheme, ignore=kept)
-    entry["dequantize"] = dequantize
+    entry = quantization_config(scheme if isinstance(scheme, Scheme) else used, ignore=kept)
+    if isinstance(scheme, Scheme):
+        entry["dequantize"] = dequantize
     writer = CheckpointWriter(path / "packed", key="k", parts=1)
     writer.commit(0, stored, {})
     writer.finalize(
@@ -135,6 +142,47 @@ def test_which_linears_are_packed(
 ) -> None:
     model = tiny("llama", tie_word_embeddings=False)
     write_packed(model, tmp_path, Scheme(4, 32, True), keep=keep, dequantize=dequantize)
+    assert_reloads_exactly(model, tmp_path / "packed")
+
+
+def mixed(path: str) -> Scheme:
+    """2, 3, 4 and 8 bits in groups and by row; linears that are fused somewhere have the same."""
+    number = re.search(r"\d+", path)
+    block = int(number[0]) if number else 0
+    if any(word in path for word in ("q_proj", "k_proj", "v_proj", "qkv", "query_key_value")):
+        return Scheme((2, 8)[block], 32, True)
+    if any(word in path for word in ("gate", "up_proj", "fc1", "h_to_4h")):
+        return Scheme(3, (-1, 32)[block], True)
+    return Scheme((4, 2)[block], 32, True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "gemma2", "gpt_neox", "opt", "phi3", "olmo2", "qwen3"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_transformers_reads_a_mixture(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model = tiny(kind, dtype)
+    decoded = write_packed(model, tmp_path, mixed)
+    source = Checkpoint(tmp_path / "packed")
+    entry = source.config["quantization_config"]
+    assert len(entry["config_groups"]) >= 4 and "dequantize" not in entry
+    weights = source.load_weights(decoded)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in decoded.items())
+    assert_reloads_exactly(model, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_mixture_with_a_dense_linear_and_a_packed_head(tmp_path: Path, head: bool) -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+
+    def keep(path: str) -> bool:
+        return (
+            "down_proj" in path
+            or path == "model.layers.1.self_attn.q_proj"
+            or (path == "lm_head" and not head)
+        )
+
+    write_packed(model, tmp_path, mixed, keep=keep)
     assert_reloads_exactly(model, tmp_path / "packed")
 
 

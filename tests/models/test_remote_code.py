@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
+from coding import affine, save_coded, vector
 from restructured import STRUCTURES, reference, save
 from tiny_models import build, tokens
+from transformers import AutoModelForCausalLM
 
 from compresso.families import FAMILIES
 from compresso.models import MODEL_TYPES
-from compresso.models.structure import MODELING_FILE
+from compresso.models.structure import MODELING_FILES
 
 IDS = tokens(1, 16)
 
@@ -47,8 +49,13 @@ def name(request):
 def checkpoint(name, tmp_path_factory):
     path = tmp_path_factory.mktemp(name) / "restructured"
     saved = save(build(name), STRUCTURES["everything"], path)
-    shutil.copy(MODELING_FILE, path)
+    ship_code(path)
     return saved
+
+
+def ship_code(path):
+    for file in MODELING_FILES:
+        shutil.copy(file, path)
 
 
 def load_elsewhere(checkpoint, how, cache):
@@ -96,8 +103,31 @@ def test_every_family_is_known_to_transformers():
     assert [f"compresso_{family}" for family in FAMILIES] == MODEL_TYPES
 
 
+@pytest.mark.parametrize("how", ["trust", "compresso"])
+@pytest.mark.parametrize("structure", [None, "everything"])
+def test_codes_are_decoded_exactly(how, structure, tmp_path):
+    plan = STRUCTURES[structure] if structure else None
+    kinds = [vector(), affine()]
+    pair = save_coded(build("llama"), tmp_path, kinds, structure=plan, head=True)
+    ship_code(pair.coded.path)
+    done = load_elsewhere(pair.coded, how, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "MISSING" not in done.stderr and "UNEXPECTED" not in done.stderr
+    _, logits, generated = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(pair.dense.path).eval()
+    mask = torch.ones_like(IDS)
+    continued = model.generate(IDS, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        assert torch.equal(torch.tensor(logits), model(IDS, use_cache=False).logits)
+    assert torch.equal(torch.tensor(generated), continued)
+
+
 def test_the_code_needs_only_torch_and_transformers():
-    code = MODELING_FILE.read_text()
-    imports = [line.split()[1] for line in code.splitlines() if line.startswith(("import", "from"))]
-    roots = {name.split(".")[0] for name in imports}
-    assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    own = {f".{file.stem}" for file in MODELING_FILES}
+    for file in MODELING_FILES:
+        lines = [
+            line for line in file.read_text().splitlines() if line.startswith(("import", "from"))
+        ]
+        names = {line.split()[1] for line in lines} - own
+        roots = {name.split(".")[0] for name in names}
+        assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
