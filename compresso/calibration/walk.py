@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from compresso.calibration.attention import ReceivedAttention, token_importance
 from compresso.calibration.gram import GramSum
+from compresso.calibration.parts import Parts
 from compresso.calibration.recording import Recording, StandIn
 from compresso.calibration.states import States, Store, enter_blocks
 from compresso.checkpoint.reader import Checkpoint
@@ -60,38 +61,6 @@ def walk_blocks(
             adapter.unload_block(index)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the two halves of a block did to one batch; every tensor is (B, T, d).
-
-    input:     the hidden states that entered.
-    attention: what attention added to them. mlp: what the MLP added.
-    output:    the hidden states that left. A half that the block lacks has added zeros.
-    parallel:  both halves read the input, rather than the MLP what attention left.
-    """
-
-    input: Tensor
-    attention: Tensor
-    mlp: Tensor
-    output: Tensor
-    parallel: bool
-
-    @property
-    def after_attention(self) -> Tensor:
-        """What attention made of `input`."""
-        return self.input + self.attention
-
-    @property
-    def before_mlp(self) -> Tensor:
-        """The residual stream that the MLP reads and adds to."""
-        return self.input if self.parallel else self.after_attention
-
-    @property
-    def after_mlp(self) -> Tensor:
-        """What the MLP made of `before_mlp`."""
-        return self.input + self.mlp if self.parallel else self.output
-
-
 class LiveBlock:
     """A block with its weights loaded, and everything that will be fed to it.
 
@@ -114,13 +83,38 @@ class LiveBlock:
         self._states = states
         self._attention: Recording | None = None
         self._mlp: Recording | None = None
+        self._importance: list[Tensor] = []  # of the tokens of every batch, once they are weighed
         self._batch = 0  # the one being run
         self._left = 0  # how many batches of the states have left the block already
         parallel = self._family.parallel
         self._parallel = parallel is not None and bool(getattr(adapter.config, parallel))
 
+    def weigh_tokens(self, least: float) -> None:
+        """Let tokens count in every later gram by the attention they receive in this block.
+
+        The weights are taken as they are now: ask before any is changed. Costs the linears into
+        attention and its probabilities, once more. Where there is no attention, all count alike.
+
+        least: see `token_importance`.
+
+        Raises ConfigError if the model's attention does not show its probabilities.
+        """
+        self._check_input()
+        if self._lacks(mlp=False):
+            return
+        path = self._family.linears[1][0]
+        found: list[Tensor] = []
+        with replaced(self.module, {path: self._silent_after(_nowhere), **self._mlp_to(_nowhere)}):
+            for batch in range(self._states.batches):
+                with ReceivedAttention() as attention:
+                    self._run_batch(batch)
+                found.append(token_importance(attention.received, least=least))
+        self._importance = found
+
     def gram(self, paths: tuple[str, ...]) -> Tensor:
         """Mean of x x^T over the tokens reaching an input group, (columns, columns) float32.
+
+        Tokens count as `weigh_tokens` found, and all alike if it was not called.
 
         The weights are taken as they are now. Ask in execution order, and change no weight that
         a later group's input depends on once that group's gram was taken: RuntimeError.
@@ -129,8 +123,7 @@ class LiveBlock:
 
         Raises ValueError if they are not, or the block lacks them.
         """
-        if self._left:
-            raise RuntimeError(f"block {self.index} has been run: its input is gone")
+        self._check_input()
         groups = [g for g, group in enumerate(self._family.linears) if set(paths) <= set(group)]
         if not paths or not groups:
             raise ValueError(f"{paths} are not linears of one input group")
@@ -138,15 +131,23 @@ class LiveBlock:
         if self._lacks(mlp=group >= 2):
             raise ValueError(f"block {self.index} has no {'MLP' if group >= 2 else 'attention'}")
         total = GramSum(self._columns(paths[0]), self._adapter.device)
+
+        def add(inputs: Tensor) -> None:
+            total.add(inputs, self._importance[self._batch] if self._importance else None)
+
         if group == 0:
-            self._sweep({**self._attention_to(total.add), **self._mlp_to(_nowhere)})
+            self._sweep({**self._attention_to(add), **self._mlp_to(_nowhere)})
         elif group == 1:
-            self._record_attention(total.add)
+            self._record_attention(add)
         elif group == 2:
-            self._sweep({**self._played_attention(), **self._mlp_to(total.add)})
+            self._sweep({**self._played_attention(), **self._mlp_to(add)})
         else:
-            self._record_mlp(total.add)
+            self._record_mlp(add)
         return total.mean()
+
+    def forget(self) -> None:
+        """Let all weights of the block be changed once more: what was recorded runs again."""
+        self._attention = self._mlp = None
 
     def forward_with_parts(self) -> Iterator[Parts]:
         """Run the block, batch by batch, and say what each of its halves did."""
@@ -273,6 +274,10 @@ class LiveBlock:
             return inputs.new_zeros(1).expand(*inputs.shape[:-1], width)
 
         return StandIn(answer, attention=attention)
+
+    def _check_input(self) -> None:
+        if self._left:
+            raise RuntimeError(f"block {self.index} has been run: its input is gone")
 
     def _lacks(self, *, mlp: bool) -> bool:
         return self._adapter.structure.lacks(2 * self.index + mlp)

@@ -155,6 +155,22 @@ def test_weights_of_earlier_groups_must_not_change_any_more(checkpoints, asked, 
         next(walk)
 
 
+def test_any_weight_may_change_once_recordings_are_forgotten(checkpoints):
+    grams, left = [], []
+    for recorded in (True, False):
+        adapter, states = start(checkpoints("llama"))
+        walk = walk_blocks(adapter, checkpoints("llama"), states)
+        block = next(walk)
+        if recorded:
+            block.gram(("mlp.down_proj",))
+        block.module.get_parameter("self_attn.v_proj.weight").mul_(2)
+        block.forget()
+        grams.append(block.gram(("mlp.down_proj",)))
+        next(walk)
+        left.append(states[1].clone())
+    assert torch.equal(*grams) and torch.equal(*left)
+
+
 def test_a_block_that_was_run_has_no_gram(checkpoints):
     _, block, _ = first_block(checkpoints)
     next(block.forward_with_parts())
