@@ -81,6 +81,22 @@ class AnalyzeSettings:
     score_tokens: Annotated[
         int, limit(ge=1, description="Calibration tokens for `damage` and `pairs`.")
     ] = 16384
+    sensitivity: Annotated[
+        bool,
+        limit(
+            description="Also measure what each input group's errors cost: noise, and 2 to 8 bits."
+            " `quantize --target-bits` reads it."
+        ),
+    ] = False
+    quantizer: Annotated[
+        Literal["gptq", "rtn"], limit(description="What quantizes the groups for `sensitivity`.")
+    ] = "gptq"
+    group_size: Annotated[
+        int, limit(ge=-1, description="Columns sharing a scale, for `sensitivity`.")
+    ] = 64
+    sensitivity_tokens: Annotated[
+        int, limit(ge=1, description="Calibration tokens for `sensitivity`.")
+    ] = 4096
     plot: Annotated[
         bool | None,
         limit(description="Draw the report as .png and .svg; done if matplotlib is installed."),

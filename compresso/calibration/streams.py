@@ -6,7 +6,7 @@ stream of hidden states there, which splits where they part. A block is loaded o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,6 +22,7 @@ from compresso.calibration.candidates import (
     NEITHER,
     Candidate,
     Halves,
+    Weights,
 )
 from compresso.calibration.recording import StandIn
 from compresso.calibration.states import Store, enter_blocks
@@ -33,6 +34,7 @@ from compresso.models.substitution import replaced
 LOGITS_BYTES = 256 * 2**20
 
 Metric = Literal["loss", "kl"]
+Versions = Callable[[int, Hashable], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,21 @@ class Streams:
         *,
         budget: int,
         spill_dir: Path,
+        versions: Versions | None = None,
     ) -> None:
         """batches: token ids, (B, T) int64 each.
 
         budget:    bytes of hidden states to hold in RAM, for all streams that are open at once.
         spill_dir: where more of them go.
+        versions:  given a block and the name of a version of it, the dense tensors that differ
+                   from the source's, by name in the checkpoint; always the same.
 
         Raises ResourceError if they fit neither.
         """
         self._forwards = self._naive = 0
         self._adapter = adapter
         self._source = source
+        self._versions = versions
         self._batches = batches
         self._states = enter_blocks(
             adapter, source, batches, probe=None, budget=budget, spill_dir=spill_dir
@@ -152,9 +158,9 @@ class Streams:
     ) -> list[_Stream]:
         """Run a block for all streams, each in all the ways its candidates ask for."""
         leaving: list[_Stream] = []
-        asked: dict[int, list[tuple[_Stream, dict[Halves, list[int]]]]] = {}
+        asked: dict[Weights, list[tuple[_Stream, dict[Halves, list[int]]]]] = {}
         for stream in streams:
-            ways: dict[int, dict[Halves, list[int]]] = {}
+            ways: dict[Weights, dict[Halves, list[int]]] = {}
             for member in stream.members:
                 halves, weights = (
                     candidates[member].halves(block),
@@ -168,7 +174,7 @@ class Streams:
                 if members:
                     asked.setdefault(weights, []).append((stream, members))
         passed = {id(stream.store) for stream in leaving}
-        for weights in sorted(asked, key=lambda weights: weights != block):
+        for weights in sorted(asked, key=lambda weights: weights != Weights(block)):
             self._load(block, weights)
             try:
                 for stream, members in asked[weights]:
@@ -217,19 +223,25 @@ class Streams:
             output: Tensor = module(hidden, *arguments.positional, **arguments.named)
         return output
 
-    def _load(self, block: int, weights: int) -> None:
-        if weights == block:
-            self._adapter.load_block(block, self._source)
-            return
-        own, other = self._adapter.block_prefix(block), self._adapter.block_prefix(weights)
+    def _load(self, block: int, weights: Weights) -> None:
+        tensors: dict[str, Tensor] = {}
+        if weights.linears != block:
+            tensors |= self._borrowed(block, weights.linears)
+        if weights.version is not None:
+            assert self._versions is not None, "the streams know no versions"
+            tensors |= self._versions(block, weights.version)
+        self._adapter.load_block(block, self._source, tensors)
+
+    def _borrowed(self, block: int, other: int) -> dict[str, Tensor]:
+        """The tensors of a block with the linears of another."""
+        own, place = self._adapter.block_prefix(block), self._adapter.block_prefix(other)
         linears = tuple(f"{path}." for path in self._adapter.family.all_linears)
         places = {}
         for name in self._adapter.block_tensors(block):
             inside = name.removeprefix(own)
-            places[name] = f"{other}{inside}" if inside.startswith(linears) else name
+            places[name] = f"{place}{inside}" if inside.startswith(linears) else name
         loaded = self._source.load_weights(places.values())
-        tensors = {name: loaded[place] for name, place in places.items()}
-        self._adapter.load_block(block, self._source, tensors)
+        return {name: loaded[place] for name, place in places.items()}
 
     def _heads(
         self, streams: list[_Stream], batches: list[int], metrics: tuple[Metric, ...]

@@ -10,11 +10,13 @@ from compresso.calibration.candidates import Candidate
 from compresso.calibration.statistics import BlockScores
 from compresso.calibration.streams import Streams
 from compresso.errors import ConfigError
+from compresso.kernels.allocation import least_damage, total, uniform
 from compresso.kernels.selection import ascending, blocks_for_ratio, closest_run, lowest, tail
 from compresso.stages.heatmap import runs
 from compresso.stages.prune_units import Unit, cost_of, name_of, unit_of
 
 SOME_RATIOS = (0.1, 0.2, 0.3)
+TARGET_BITS = (2.5, 3.0, 3.5, 4.0)
 ALL_RATIOS = tuple(percent / 100 for percent in range(5, 55, 5))
 
 
@@ -59,6 +61,29 @@ def make_advice(
             dropped = [units[place] for place in sorted(places)]
             choices[method] = _predict(scores, dropped, damage)
             choices[method]["share"] = sum(cost_of(unit, costs) for unit in dropped) / total
+    return advice
+
+
+def advise_bits(
+    damage: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], weights: int
+) -> dict[str, Any]:
+    """Bits per weight -> the level of every group, and the damage predicted, were it to add up.
+
+    damage:  KL with each group alone at each level. sizes: bytes of the same.
+    weights: of all groups. Targets that no level can hit are left out.
+    """
+    advice: dict[str, Any] = {}
+    for bits in TARGET_BITS:
+        budget = int(bits * weights / 8)
+        if total(sizes, [0] * len(sizes)) <= budget:
+            levels = least_damage(damage, sizes, budget)
+            lost = sum(group[level] for group, level in zip(damage, levels, strict=True))
+            same = uniform(sizes, budget)
+            advice[f"{bits:g}"] = {
+                "levels": levels,
+                "kl": lost,
+                "kl_uniform": sum(group[level] for group, level in zip(damage, same, strict=True)),
+            }
     return advice
 
 

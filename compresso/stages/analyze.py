@@ -22,6 +22,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.settings import AnalyzeSettings
 from compresso.stages.advice import ALL_RATIOS, SOME_RATIOS, make_advice, measure_damage
+from compresso.stages.group_damage import Measured, add_sensitivity
 from compresso.stages.plots import draw_analysis, draw_pairs, wants_plot
 from compresso.stages.prune_units import sub_block_costs
 
@@ -43,8 +44,10 @@ def analyze(
     Reports a row per block: `influence` (Block Influence), `attention` and `mlp` (similarity of
     the residual stream before and after either half), `parameters`, and `angles`, the angular
     distances of the runs of 1, 2, ... blocks that start there; with `damage` also perplexity and KL
-    without the block and without either half. The summary's `advice` maps ratios to methods to
-    what they would drop; with `pairs`, `pairs` has how alike every two blocks are.
+    without the block and without either half; with `sensitivity` what the noise and the widths
+    cost its input groups, which the summary's `sensitivity` has for each. The summary's `advice`
+    maps ratios to methods to what they would drop; with `pairs`, `pairs` has how alike every two
+    blocks are.
 
     Raises ResourceError if a picture is demanded and matplotlib is missing.
     """
@@ -70,6 +73,9 @@ def analyze(
     if settings.pairs:
         pairs = compare_blocks(adapter, source, some, runtime=runtime, spill_dir=target)
         report.summary["pairs"] = asdict(pairs)
+    if settings.sensitivity:
+        measured = Measured(adapter, source, calibration, target, runtime)
+        add_sensitivity(report, measured, settings)
     report.files["analysis"] = FILE
     if plot:
         title = _title(source, report, calibration)

@@ -131,3 +131,60 @@ def test_pairs(checkpoints, tmp_path):
     found = streams_of(checkpoints("llama"), tmp_path).score(pairs, metric="loss")
     expected = [loss(changed(build("llama"), FAMILIES["llama"], pair)) for pair in pairs]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def other(block, version):
+    """Other weights for two linears of a block, by a name."""
+    generator = torch.Generator().manual_seed(100 * block + version)
+    prefix = f"model.layers.{block}."
+    return {
+        f"{prefix}self_attn.o_proj.weight": torch.randn(64, 64, generator=generator),
+        f"{prefix}mlp.up_proj.weight": torch.randn(96, 64, generator=generator),
+    }
+
+
+VERSIONS = [
+    Candidate(),
+    Candidate(versions=((0, 1),)),
+    Candidate(versions=((2, 1),)),
+    Candidate(versions=((2, 2),)),
+    Candidate(versions=((2, 2), (4, 1))),
+    Candidate(versions=((2, 2), (4, 2))),
+    Candidate(frozenset({2}), borrowed=((2, 0),), versions=((2, 2), (4, 2))),
+]
+
+
+def versioned(source, tmp_path, budget=RAM):
+    adapter = ModelAdapter.open(source, dtype=torch.float32, device=torch.device("cpu"))
+    return Streams(adapter, source, BATCHES, budget=budget, spill_dir=tmp_path, versions=other)
+
+
+def test_versions_are_the_model_with_those_weights(checkpoints, tmp_path):
+    found = versioned(checkpoints("llama"), tmp_path).score(VERSIONS, metric="loss")
+    expected = []
+    for candidate in VERSIONS:
+        model = changed(build("llama"), FAMILIES["llama"], candidate)
+        for block, version in candidate.versions:
+            model.load_state_dict(other(block, version), strict=False)
+        expected.append(loss(model))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(set(found)) == len(found)
+
+
+def test_versions_together_are_bit_for_bit_alone(checkpoints, tmp_path):
+    source = checkpoints("llama")
+    for metric in ("loss", "kl"):
+        together = versioned(source, tmp_path).score(VERSIONS, metric=metric)
+        streams = versioned(source, tmp_path)
+        assert together == [streams.score([one], metric=metric)[0] for one in VERSIONS]
+        assert together == versioned(source, tmp_path, budget=0).score(VERSIONS, metric=metric)
+
+
+def test_what_versions_share_runs_once(checkpoints, tmp_path):
+    streams = versioned(checkpoints("llama"), tmp_path)
+    streams.score(VERSIONS[2:6], metric="loss")
+    forwards, naive = streams.take_forwards()
+    assert naive == 4 * 2 * BLOCKS
+    # Blocks 0 and 1 once, 2 and 3 with each of two versions of 2, then three ways of 4 and 5.
+    streams_at = [1, 1, 2, 2, 4, 4]
+    assert forwards == 2 * sum(streams_at)

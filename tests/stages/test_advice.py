@@ -9,9 +9,10 @@ from tiny_models import BLOCKS, tokens
 from compresso.calibration.candidates import Candidate
 from compresso.calibration.statistics import measure_blocks
 from compresso.calibration.streams import Streams
+from compresso.kernels.allocation import total
 from compresso.models.adapter import ModelAdapter
 from compresso.runtime import Runtime
-from compresso.stages.advice import ALL_RATIOS, make_advice, measure_damage
+from compresso.stages.advice import ALL_RATIOS, advise_bits, make_advice, measure_damage
 from compresso.stages.prune_units import cost_of, sub_block_costs, unit_of
 
 BATCHES = [tokens(3, 16, seed=1), tokens(2, 16, seed=2)]
@@ -60,3 +61,16 @@ def test_without_damage_nothing_is_predicted_from_it(measured):
     advice = make_advice(scores, costs, total=source.parameters, ratios=(0.3,), damage=None)
     assert "least damage" not in advice["30%"]
     assert "kl" not in advice["30%"]["shortgpt"] and "influence" in advice["30%"]["shortgpt"]
+
+
+def test_advice_on_bits_is_the_least_sum_that_fits():
+    damage = [[5.0, 2.0, 1.0], [0.5, 0.2, 0.1]]
+    sizes = [[25, 35, 45]] * 2
+    advice = advise_bits(damage, sizes, weights=160)
+    assert list(advice) == ["2.5", "3", "3.5", "4"]
+    assert advice["2.5"] == {"levels": [0, 0], "kl": 5.5, "kl_uniform": 5.5}
+    assert advice["3"] == {"levels": [1, 0], "kl": 2.5, "kl_uniform": 5.5}
+    assert advice["3.5"] == {"levels": [2, 0], "kl": 1.5, "kl_uniform": 2.2}
+    for bits, entry in advice.items():
+        assert total(sizes, entry["levels"]) <= float(bits) * 160 / 8
+    assert list(advise_bits(damage, [[31, 35, 45]] * 2, weights=160)) == ["3.5", "4"]

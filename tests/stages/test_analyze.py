@@ -15,10 +15,12 @@ from tiny_models import BLOCKS, build, tokens
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
+from compresso.calibration import sensitivity
 from compresso.calibration.data import Calibration
+from compresso.calibration.sensitivity import Sensitivity
 from compresso.checkpoint.layout import Scheme, pack, quantization_config
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import NumericalError, ResourceError
+from compresso.errors import ConfigError, NumericalError, ResourceError
 from compresso.families import FAMILIES
 from compresso.kernels.grid import fit_grid, round_to_grid
 from compresso.recipe import make_step
@@ -29,13 +31,14 @@ from compresso.stages.analyze import analyze
 from compresso.stages.heatmap import triangle_of
 
 BATCHES = [tokens(3, 20, seed=1), tokens(1, 20, seed=2)]
+RECORD = {"dataset": "test", "hash": "text"}
 
 
 def run(source, target, *, max_memory=10**9, batches=BATCHES, dtype=torch.float32, **settings):
     runtime = Runtime(torch.device("cpu"), dtype, max_memory, trust_remote_code=False)
     step = make_step("analyze", {"plot": False, **settings}, where="test")
     target.mkdir(exist_ok=True)
-    return analyze(source, step, Calibration(batches, {"dataset": "test"}), target, runtime)
+    return analyze(source, step, Calibration(batches, RECORD), target, runtime)
 
 
 @torch.no_grad()
@@ -239,7 +242,7 @@ def test_the_json_holds_everything(checkpoints, tmp_path):
     assert Report.from_json(record) == Report.from_json(json.loads(json.dumps(report.to_json())))
     assert record["source"]["key"] == checkpoints("llama").key
     assert record["step"]["tokens"] == "all"
-    assert record["calibration"] == {"dataset": "test"}
+    assert record["calibration"] == RECORD
     assert record["versions"]["torch"] == torch.__version__
 
 
@@ -269,3 +272,36 @@ def test_without_matplotlib(checkpoints, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert run(checkpoints("llama"), tmp_path, plot=None).files == {"analysis": "analysis.json"}
+
+
+@pytest.mark.parametrize(("family", "quantizer"), [("llama", "gptq"), ("gpt2", "rtn")])
+def test_sensitivity_of_every_group(family, quantizer, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "noise_levels", lambda: [0.01, 0.02])
+    options = {"sensitivity": True, "quantizer": quantizer, "group_size": 16}
+    report = run(checkpoints(family), tmp_path / "a", **options)
+    rows = report.summary["sensitivity"]
+    assert [row["block"] for row in rows] == [block for block in range(BLOCKS) for _ in range(4)]
+    assert [tuple(row["linears"]) for row in rows[:4]] == list(FAMILIES[family].linears)
+    for bits in (2, 3, 4, 8):
+        for block, row in enumerate(report.rows):
+            own = rows[4 * block : 4 * block + 4]
+            assert row[f"kl_{bits}"] == pytest.approx(sum(group[f"kl_{bits}"] for group in own))
+            assert row["slope"] == pytest.approx(sum(group["slope"] for group in own))
+    for row in rows:
+        assert row["kl_8"] < row["kl_4"] < row["kl_2"]
+        assert row["error_8"] < row["error_4"] < row["error_3"] < row["error_2"] < 0.5
+        assert row["slope"] > 0 and row["fit"] > 0.5
+    recorded = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    assert recorded["summary"]["sensitivity"] == rows
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["analysis.json"]
+    # What was measured stays beside the analysis, and is not measured again.
+    kept = sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("*.json"))
+    assert kept == ["sensitivity-damage", "sensitivity-noise"]
+    monkeypatch.setattr(Sensitivity, "_score", None)
+    again = run(checkpoints(family), tmp_path / "b", **options)
+    assert again.rows == report.rows and again.summary == report.summary
+
+
+def test_groups_must_divide(checkpoints, tmp_path):
+    with pytest.raises(ConfigError, match="has 96 columns, which do not divide into groups of 64"):
+        run(checkpoints("llama"), tmp_path, sensitivity=True)

@@ -1,0 +1,84 @@
+"""The quantize methods, at several widths."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresso import registry
+from compresso.calibration.levels import Decodable, Groups, Ladder, places, weight_names
+from compresso.checkpoint.layout import Scheme, packed_names
+from compresso.checkpoint.reader import Checkpoint
+from compresso.models.adapter import ModelAdapter
+
+WIDTHS = (2, 3, 4, 8)
+WORD = 4  # bytes of the words that codes are packed into
+SHAPE = 16  # bytes of the shape that is stored with every linear
+
+
+def uniform_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
+    """A method with uniform grids, stored in the packed layout.
+
+    settings: of the method; its own width has no part. dtype: of the checkpoint, and of scales.
+    """
+    entry = registry.method("quantize", method)
+    code = registry.load(entry.code)
+    known = inspect.signature(code).parameters
+    fields = asdict(settings)
+    chosen = {k: v for k, v in fields.items() if k in known and k != "bits"}
+    rotated = fields["seed"] if fields.get("rotate") else None
+
+    def quantize(weight: Tensor, gram: Tensor | None, bits: int) -> Decodable:
+        decodable: Decodable = code(weight, gram, bits=bits, scale_dtype=dtype, **chosen)
+        return decodable
+
+    return Ladder(
+        bits=WIDTHS,
+        quantize=quantize,
+        nbytes=partial(
+            packed_bytes, group_size=settings.group_size, symmetric=settings.symmetric, dtype=dtype
+        ),
+        calibrated=entry.calibrated,
+        key=json.dumps([method, chosen, rotated], sort_keys=True),
+    )
+
+
+def group_bytes(
+    ladder: Ladder, adapter: ModelAdapter, source: Checkpoint, groups: Groups
+) -> list[list[int]]:
+    """Stored bytes of every group, in execution order, at every width of the ladder."""
+    turned = adapter.family.transposed
+    sizes = []
+    for place in places(groups):
+        stored = [source.weight_info(name).shape for name in weight_names(adapter, groups, place)]
+        shapes = [shape[::-1] if turned else shape for shape in stored]
+        sizes.append(
+            [sum(ladder.nbytes((s[0], s[1]), bits) for s in shapes) for bits in ladder.bits]
+        )
+    return sizes
+
+
+def packed_bytes(
+    shape: tuple[int, int], bits: int, *, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> int:
+    """What the packed layout stores for a linear of that shape, (rows, columns), in bytes."""
+    rows, columns = shape
+    scheme = Scheme(bits, group_size, symmetric)
+    groups = scheme.groups(columns)
+    stored = {
+        "weight_packed": WORD * rows * _words(columns, bits),
+        "weight_scale": dtype.itemsize * rows * groups,
+        "weight_shape": SHAPE,
+        "weight_zero_point": WORD * _words(rows, bits) * groups,
+    }
+    return sum(stored[name.removeprefix(".")] for name in packed_names("", scheme))
+
+
+def _words(values: int, bits: int) -> int:
+    return -(-values * bits // 32)
