@@ -10,15 +10,22 @@ from math import prod
 from pathlib import Path
 
 from compresso import registry
+from compresso.checkpoint.packings import method_of
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError, ResourceError
 from compresso.families import family_of
 from compresso.provenance import lineage
+from compresso.quantize_settings import DEFAULT_BITS
 from compresso.recipe import Step
 from compresso.runtime import format_bytes, free_memory
 
 COPIES_OF_A_BLOCK = 2
 FLOAT32_BYTES = 4
+# Packages that load packed weights, and how they are installed.
+PACKED_BY = {
+    "compressed-tensors": "'compresso-llm[packed]'",
+    "bitsandbytes": "'compresso-llm[bitsandbytes]'",
+}
 
 
 def check_source(step: Step, source: Checkpoint) -> None:
@@ -60,12 +67,15 @@ def check_kind(step: Step, source: Checkpoint) -> None:
 
 def check_packages(step: Step, source: Checkpoint) -> None:
     """Raises ResourceError if packed weights are involved and cannot be loaded here."""
-    packs = step.stage == "quantize" and step.settings.pack
-    if (packs or source.packed) and importlib.util.find_spec("compressed_tensors") is None:
-        raise ResourceError(
-            "package `compressed-tensors`, which loads packed weights, is not installed",
-            hint="pip install 'compresso-llm[packed]'",
-        )
+    needed = {str(method_of(source.config))}
+    if step.stage == "quantize" and step.settings.pack:
+        needed.add(registry.method("quantize", step.method).packed_as)
+    for package in sorted(needed & PACKED_BY.keys()):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ResourceError(
+                f"package `{package}`, which loads packed weights, is not installed",
+                hint=f"pip install {PACKED_BY[package]}",
+            )
 
 
 def smallest_output(step: Step, source: Checkpoint) -> int:
@@ -73,9 +83,15 @@ def smallest_output(step: Step, source: Checkpoint) -> int:
     if registry.stage(step.stage).leaves is None:
         return 0
     if step.stage == "quantize" and step.settings.pack:
-        return source.parameters * step.settings.bits // 8
+        return source.parameters * _least_bits(step) // 8
     ratio = getattr(step.settings, "ratio", None)
     return int(source.stored_bytes * (1 - ratio)) if ratio else 0
+
+
+def _least_bits(step: Step) -> int:
+    if getattr(step.settings, "hits_target", False):
+        return int(step.settings.target_bits or 0)
+    return getattr(step.settings, "bits", None) or DEFAULT_BITS
 
 
 def check_disk(target: Path, needed: int) -> None:

@@ -6,7 +6,13 @@ from typing import Annotated, Literal, Self
 
 from compresso.config import checked, limit, settings
 
-Bits = Annotated[Literal[2, 3, 4, 8], limit(description="Bits per code.")]
+DEFAULT_BITS = 4
+POINT_BITS = 8  # of the largest vector grid's codes
+
+Bits = Annotated[
+    Literal[2, 3, 4, 8] | None,
+    limit(description=f"Bits per code; {DEFAULT_BITS} where neither this nor a target is given."),
+]
 GroupSize = Annotated[
     int,
     limit(ge=-1, description="Columns sharing one scale; a multiple of 8, or -1 for the row."),
@@ -26,25 +32,43 @@ Head = Annotated[bool, limit(description="Quantize the output head too.")]
 Pack = Annotated[
     bool, limit(description="Store packed codes; otherwise the rounded weights, uncompressed.")
 ]
+Rotate = Annotated[
+    bool,
+    limit(
+        description="Rotate the residual stream and value heads first, which evens out outliers and"
+        " changes nothing else; a tied head becomes a matrix of its own."
+    ),
+]
+Damping = Annotated[
+    float, limit(gt=0, le=1, description="Fraction of the gram diagonal's mean added to it.")
+]
+ActOrder = Annotated[
+    bool, limit(description="Round the columns of largest input first; groups stay in place.")
+]
+Refine = Annotated[
+    int,
+    limit(ge=0, le=100, description="Passes over codes and scales afterwards; 0: plain GPTQ."),
+]
+Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
 
 
 @settings
 class LinearChoice:
-    """Which linears are quantized, and whether they are stored packed."""
+    """Which linears are quantized, in which coordinates, and whether they are stored packed."""
 
     ignore: Ignore = ()
     lm_head: Head = False
     pack: Pack = True
+    rotate: Rotate = False
+    seed: Seed = 0
 
 
 @settings
-class UniformSettings(LinearChoice):
-    """A uniform grid for every group of weights."""
+class GroupedSettings(LinearChoice):
+    """Scales for groups of weights."""
 
-    bits: Bits = 4
+    bits: Bits = None
     group_size: GroupSize = 64
-    symmetric: Symmetric = True
-    grid: Search = "mse"
 
     @checked
     def _check_group_size(self) -> Self:
@@ -54,22 +78,181 @@ class UniformSettings(LinearChoice):
 
 
 @settings
-class RtnSettings(UniformSettings):
+class UniformSettings(GroupedSettings):
+    """A uniform grid for every group of weights."""
+
+    symmetric: Symmetric = True
+    grid: Search = "mse"
+
+
+@settings
+class Target:
+    """A size that the choice of bits for every input group is to hit."""
+
+    target_bits: Annotated[
+        float | None,
+        limit(gt=0, description="Stored bits per quantized weight, scales and all, on average."),
+    ] = None
+    size: Annotated[
+        str | None, limit(description="Bytes that all of the output stores, such as `40MB`.")
+    ] = None
+    allocation: Annotated[
+        Literal["search", "dp", "lim", "zd", "uniform"],
+        limit(
+            description="How a target is hit: by the least sum of what groups lose alone (`dp`), by"
+            " a search on measured KL from there, by an order of blocks (`lim`: what they change,"
+            " `zd`: large weights), or all alike."
+        ),
+    ] = "dp"
+    predict: Annotated[
+        Literal["damage", "noise"],
+        limit(description="What a group is taken to lose: measured, or from its answer to noise."),
+    ] = "damage"
+    sensitivity_tokens: Annotated[
+        int, limit(ge=1, description="Tokens that every group is measured on.")
+    ] = 4096
+    score_tokens: Annotated[
+        int, limit(ge=1, description="Tokens that choices for a target are measured on.")
+    ] = 8192
+    generations: Annotated[int, limit(ge=0, description="Generations of a target's search.")] = 20
+    offspring: Annotated[int, limit(ge=1, description="Changed copies tried per generation.")] = 16
+    survivors: Annotated[
+        int, limit(ge=1, description="Of these, how many reach the second selection.")
+    ] = 4
+    first_tokens: Annotated[
+        int, limit(ge=1, description="Tokens of the first selection of a target's search.")
+    ] = 2048
+
+    @checked
+    def _check_target(self) -> Self:
+        if self.target_bits is not None and self.size is not None:
+            raise ValueError("give only one of `target_bits`, `size`")
+        if self.hits_target and getattr(self, "bits", None) is not None:
+            raise ValueError("give only one of `bits`, `target_bits`, `size`")
+        if self.survivors > self.offspring:
+            raise ValueError("`survivors` cannot be more than `offspring`")
+        return self
+
+    @property
+    def hits_target(self) -> bool:
+        """Whether bits are chosen, not given."""
+        return self.target_bits is not None or self.size is not None
+
+
+@settings
+class RtnSettings(UniformSettings, Target):
     """Rounding every weight to its nearest level. Needs no data."""
 
 
 @settings
-class GptqSettings(UniformSettings):
+class GptqSettings(UniformSettings, Target):
     """Rounding columns one after another, each one's error moved to those after it."""
 
-    damping: Annotated[
+    damping: Damping = 0.01
+    act_order: ActOrder = True
+    refine: Refine = 3
+
+
+@settings
+class RsqSettings(UniformSettings):
+    """GPTQ of the rotated model, where tokens that get more attention count for more."""
+
+    damping: Damping = 0.01
+    act_order: ActOrder = True
+    refine: Refine = 3
+    rotate: Rotate = True
+    least: Annotated[
         float,
-        limit(gt=0, le=1, description="Fraction of the gram diagonal's mean added to it."),
-    ] = 0.01
-    act_order: Annotated[
-        bool, limit(description="Round the columns of largest input first; groups stay in place.")
-    ] = True
-    refine: Annotated[
+        limit(
+            gt=0,
+            le=1,
+            description="Weight of the token of a sequence that gets least attention; 1 for"
+            " all alike.",
+        ),
+    ] = 0.005
+
+
+@settings
+class VectorSettings(LinearChoice):
+    """A vector grid for weights in rotated blocks."""
+
+    bits: Annotated[
+        Literal[2, 3, 4, 8] | None,
+        limit(description=f"Bits per weight, scales apart; {DEFAULT_BITS} if not given."),
+    ] = None
+    dimension: Annotated[
+        Literal[1, 2, 4],
+        limit(description="Weights rounded together, to a grid of at most 256 points."),
+    ] = 2
+    block: Annotated[
         int,
-        limit(ge=0, le=100, description="Passes over codes and scales afterwards; 0: plain GPTQ."),
-    ] = 3
+        limit(
+            ge=8,
+            description="Columns rotated together and sharing a scale: a power of two, or the"
+            " largest one below that divides the columns.",
+        ),
+    ] = 1024
+
+    @checked
+    def _check_grid(self) -> Self:
+        if self.block & (self.block - 1):
+            raise ValueError(f"`block` must be a power of two, not {self.block}")
+        bits = DEFAULT_BITS if self.bits is None else self.bits
+        if bits * self.dimension > POINT_BITS:
+            raise ValueError(
+                f"{bits} bits in {self.dimension} dimensions are 2**{bits * self.dimension} points;"
+                f" grids have at most 2**{POINT_BITS}"
+            )
+        return self
+
+
+@settings
+class HiggsSettings(VectorSettings):
+    """Rounding rotated weights to the points of a vector grid. Needs no data."""
+
+    fit: Annotated[
+        Literal["rms", "mse"],
+        limit(description="Scale to unit variance, or search for the scale of least error."),
+    ] = "rms"
+
+
+@settings
+class GptqHiggsSettings(VectorSettings):
+    """GPTQ with a vector grid, on rotated weights."""
+
+    damping: Damping = 0.01
+    act_order: ActOrder = True
+    refine: Refine = 3
+
+
+@settings
+class HqqSettings(GroupedSettings):
+    """Zeros of groups moved until most errors are small, whatever a few become. Needs no data."""
+
+
+@settings
+class AutoRoundSettings(UniformSettings):
+    """Training the rounding of every block by the sign of its gradient."""
+
+    start: Annotated[
+        Literal["gptq", "rtn"],
+        limit(description="What training starts from; as in the paper: rtn."),
+    ] = "gptq"
+    steps: Annotated[int, limit(ge=1, description="Steps of training for every block.")] = 200
+    sequences: Annotated[int, limit(ge=1, description="Sequences per step.")] = 8
+
+
+@settings
+class Nf4Settings(LinearChoice):
+    """4-bit floats in bitsandbytes' format. Needs no data."""
+
+    group_size: Annotated[
+        Literal[64, 128, 256, 512, 1024, 2048, 4096],
+        limit(description="Weights sharing one scale."),
+    ] = 64
+    double: Annotated[bool, limit(description="Store the scales in 8 bits, too.")] = False
+
+
+@settings
+class Int8Settings(LinearChoice):
+    """8-bit integers by row in bitsandbytes' format. Needs no data."""

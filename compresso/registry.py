@@ -23,7 +23,17 @@ from compresso.depth_settings import (
 )
 from compresso.errors import ConfigError
 from compresso.fold_settings import FoldGptSettings, RecursiveSettings
-from compresso.quantize_settings import GptqSettings, RtnSettings
+from compresso.quantize_settings import (
+    AutoRoundSettings,
+    GptqHiggsSettings,
+    GptqSettings,
+    HiggsSettings,
+    HqqSettings,
+    Int8Settings,
+    Nf4Settings,
+    RsqSettings,
+    RtnSettings,
+)
 from compresso.settings import AnalyzeSettings, EvalSettings
 
 T = TypeVar("T")
@@ -37,12 +47,14 @@ class Method:
     code:       "module:function" of its formula, or of what applies that.
     follows:    paper or specification.
     calibrated: whether it reads calibration text.
+    packed_as:  the layout of the linears it quantizes, if it does.
     """
 
     settings: type
     code: str
     follows: str
     calibrated: bool
+    packed_as: Literal["compressed-tensors", "coded", "bitsandbytes"] = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,53 @@ STAGES = {
                 "compresso.kernels.grid:quantize",
                 "nearest level",
                 calibrated=False,
+            ),
+            "rsq": Method(
+                RsqSettings,
+                "compresso.kernels.gptq:quantize",
+                "arXiv:2503.01820",
+                calibrated=True,
+            ),
+            "autoround": Method(
+                AutoRoundSettings,
+                "compresso.calibration.tuning:tune_block",
+                "arXiv:2309.05516",
+                calibrated=True,
+            ),
+            "higgs": Method(
+                HiggsSettings,
+                "compresso.kernels.higgs:quantize",
+                "arXiv:2411.17525",
+                calibrated=False,
+                packed_as="coded",
+            ),
+            "gptq+higgs": Method(
+                GptqHiggsSettings,
+                "compresso.kernels.higgs:quantize_with_feedback",
+                "arXiv:2411.17525 with arXiv:2210.17323",
+                calibrated=True,
+                packed_as="coded",
+            ),
+            "hqq": Method(
+                HqqSettings,
+                "compresso.kernels.hqq:quantize",
+                "Badri and Shaji, 2023",
+                calibrated=False,
+                packed_as="coded",
+            ),
+            "nf4": Method(
+                Nf4Settings,
+                "compresso.kernels.normal_float:quantize",
+                "arXiv:2305.14314",
+                calibrated=False,
+                packed_as="bitsandbytes",
+            ),
+            "int8": Method(
+                Int8Settings,
+                "compresso.kernels.normal_float:quantize_rows",
+                "arXiv:2208.07339",
+                calibrated=False,
+                packed_as="bitsandbytes",
             ),
         },
     ),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,29 +10,24 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.data import Calibration
-from compresso.calibration.gram import GramSum
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
-from compresso.calibration.walk import LiveBlock, enter_blocks, walk_blocks
-from compresso.checkpoint import layout
+from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
-from compresso.errors import NumericalError
-from compresso.kernels.gptq import relative_error
-from compresso.kernels.grid import Packed
 from compresso.models.adapter import ModelAdapter
-from compresso.models.substitution import empty_parameter
+from compresso.models.rotation import RotatedCheckpoint, rotated
 from compresso.recipe import Step
 from compresso.report import Report
-from compresso.runtime import Runtime, track, warn
+from compresso.runtime import Runtime, track
+from compresso.stages.bit_choice import BitChoice, choose_bits
+from compresso.stages.bit_job import BitJob
+from compresso.stages.ladder import uniform_ladder
+from compresso.stages.quantize_layouts import make_layout
 from compresso.stages.quantize_plan import Plan, make_plan
-
-RETRIES = 3
-STEPS_OF_DAMPING = 10
-
-Quantizer = Callable[..., Packed]
+from compresso.stages.quantize_work import Work
 
 
 @torch.no_grad()
@@ -49,8 +41,9 @@ def quantize(
     """Replace each block's linear weights by codes.
 
     Blocks are quantized in order, and within a block the input groups, each calibrated on the
-    outputs of what was quantized before it. A block is committed as soon as it is done; a
-    restarted run takes the committed blocks from `target` and continues after them.
+    outputs of what was quantized before it. With a target, how many bits each group gets is chosen
+    first. A block is committed as soon as it is done; a restarted run takes the committed blocks
+    from `target` and continues after them.
 
     Reports a row per linear: bits, squared error relative to the weight's, and for calibrated
     methods the relative output error on the calibration tokens and the damping used.
@@ -58,200 +51,126 @@ def quantize(
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens up to the memory budget.
     """
+    settings = step.settings
+    if settings.rotate:
+        source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)
-    plan = make_plan(adapter, step.settings)
-    work = _Work(adapter, source, step, plan)
+    packed_as = registry.method("quantize", step.method).packed_as
+    plan = make_plan(adapter, settings, packed_as=packed_as)
+    choice = None
+    if getattr(settings, "hits_target", False):
+        ladder = uniform_ladder(step.method, settings, source.dtype)
+        job = BitJob(settings, adapter, source, calibration, plan.groups, ladder, target, runtime)
+        choice = choose_bits(replace(job, elsewhere=_elsewhere(job, plan)))
+        plan = replace(plan, bits=choice.bits)
+    layout = make_layout(adapter, source, step, plan)
+    work = Work(adapter, source, step, plan, layout)
     probe = probe_tokens(adapter.config.get_text_config().vocab_size)
-    states = enter_blocks(
-        adapter,
-        source,
-        calibration.batches if calibration else [],
-        probe=probe,
-        budget=runtime.max_memory,
-        spill_dir=target.partial,
-    )
-    report = Report()
 
-    def restore(index: int) -> dict[str, Tensor] | None:
-        part = target.restore(index)
-        return None if part is None else layout.to_dense(part[0], plan.scheme)
+    def enter(batches: list[Tensor], tokens: Tensor | None) -> States:
+        return enter_blocks(
+            adapter,
+            source,
+            batches,
+            probe=tokens,
+            budget=runtime.max_memory // (1 + work.tuned),
+            spill_dir=target.partial,
+        )
 
-    blocks = walk_blocks(adapter, source, states, restore=restore)
-    for block in track(blocks, adapter.count, f"quantize {step.method}"):
-        if not block.restored:
-            tensors, rows = work.quantize_block(block)
-            target.commit(block.index, tensors, {"rows": rows})
-            del tensors  # some of them keep a map of the source's shard
-    outside, rows = work.quantize_outside(states)
-    target.commit(adapter.count, outside, {"rows": rows})
-    report.rows = [row for part in range(adapter.count + 1) for row in _measured(target, part)]
-    report.config = work.config()
-    report.expected = work.expected()
+    batches = calibration.batches if calibration else []
+    states = enter(batches, probe)
+    _quantize_blocks(work, step, target, states, enter(batches, None) if work.tuned else None)
+    parts = [_committed(target, part) for part in range(adapter.count + 1)]
+    report = Report(rows=[row for part in parts for row in part["rows"]])
+    report.config = layout.config(source.config, [one for p in parts for one in p["described"]])
+    report.expected = _expected(adapter, source, plan, layout.names)
     report.carried = adapter.unmapped_tensors()
-    report.fingerprint = Fingerprint(probe, work.logits(states))
-    report.summary = _summary(report.rows, plan)
+    assert states.probe is not None
+    report.fingerprint = Fingerprint(probe, adapter.logits(source, states.probe).cpu())
+    report.summary = _summary(source, report.rows, plan, choice)
     return report
 
 
-class _Work:
-    """One quantize run: the things its steps share."""
-
-    def __init__(self, adapter: ModelAdapter, source: Checkpoint, step: Step, plan: Plan) -> None:
-        self.adapter = adapter
-        self.source = source
-        self.plan = plan
-        self.quantizer: Quantizer = registry.load(registry.method("quantize", step.method).code)
-        self.calibrated = registry.method("quantize", step.method).calibrated
-        chosen = asdict(step.settings)
-        self.pack = chosen.pop("pack")
-        self.options = {k: v for k, v in chosen.items() if k not in ("ignore", "lm_head")}
-
-    def quantize_block(self, block: LiveBlock) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The block's tensors to store, and a row per linear. Changes the block's weights."""
-        prefix = self.adapter.block_prefix(block.index)
-        tensors = self.source.load_weights(self.adapter.block_tensors(block.index))
-        rows: list[dict[str, Any]] = []
-        for paths in self.plan.groups[block.index]:
-            gram = block.gram(paths) if self.calibrated else None
-            for path in paths:  # their place is taken by the decoded ones
-                empty_parameter(block.module, f"{path}.weight")
-            stored, measured = self._quantize_group(
-                [f"{prefix}{path}" for path in paths],
-                [self._matrix(tensors.pop(f"{prefix}{path}.weight")) for path in paths],
-                gram,
-                [partial(self.adapter.set_weight, block.module, path) for path in paths],
-            )
-            del gram  # not to be there beside the next one
-            tensors |= stored
-            rows += [{"block": block.index, **row} for row in measured]
-        return tensors, rows
-
-    def _quantize_group(
-        self,
-        names: list[str],
-        weights: list[Tensor],
-        gram: Tensor | None,
-        put: list[Callable[[Tensor], None]],
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Quantize linears that read the same input as one matrix of stacked rows.
-
-        put: what takes each linear's decoded weight, (out, in). Empties `weights`.
-        """
-        start = time.perf_counter()
-        sizes = [len(weight) for weight in weights]
-        stacked = torch.empty(sum(sizes), weights[0].shape[1], device=self.adapter.device)
-        for part in reversed(stacked.split(sizes)):
-            part.copy_(weights.pop())
-        packed, damping = self._round(stacked, gram, names)
-        seconds = (time.perf_counter() - start) / len(stacked)
-        tensors: dict[str, Tensor] = {}
-        rows = []
-        parts = zip(names, put, stacked.split(sizes), packed.split(sizes), strict=True)
-        for name, put_decoded, weight, part in parts:
-            # What later blocks see is what a reader of the checkpoint gets: the decoded weights
-            # in the checkpoint's own type.
-            decoded = part.decode().to(self.source.dtype)
-            put_decoded(decoded)
-            if self.pack:
-                tensors |= layout.pack(
-                    name, part, self.source.dtype, symmetric=self.plan.scheme.symmetric
-                )
-            else:
-                tensors[f"{name}.weight"] = self._matrix(decoded).contiguous().cpu()
-            row: dict[str, Any] = {"linear": name, "bits": self.plan.scheme.bits}
-            row["weight_error"] = relative_error(weight, decoded)
-            if gram is not None:
-                row["output_error"] = relative_error(weight, decoded, gram)
-                row["damping"] = damping
-            row["seconds"] = seconds * len(weight)
-            rows.append(row)
-        return tensors, rows
-
-    def _round(self, weight: Tensor, gram: Tensor | None, names: list[str]) -> tuple[Packed, float]:
-        """Run the method, with ten times the damping where the gram needs it."""
-        options = {**self.options, "scale_dtype": self.source.dtype}
-        damping = options.get("damping", 0.0)
-        for attempt in range(RETRIES + 1):
-            if damping:
-                options["damping"] = damping
-            try:
-                return self.quantizer(weight, gram, **options), damping
-            except NumericalError as error:
-                if attempt == RETRIES:
-                    raise NumericalError(f"`{names[0]}`: {error}", hint=error.hint) from error
-                damping *= STEPS_OF_DAMPING
-                warn(f"`{names[0]}`: {error}; trying {damping:g}")
-        raise AssertionError("the last attempt returns or raises")
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """(out, in) from the stored orientation, or back."""
-        return weight.T if self.adapter.family.transposed else weight
-
-    def quantize_outside(self, states: States) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Everything that is in no block, unchanged but for the head where that was asked for."""
-        adapter = self.adapter
-        tensors = self.source.load(adapter.outside_tensors() + adapter.unmapped_tensors())
-        if not self.plan.head:
-            return tensors, []
-        weight = self._matrix(tensors.pop(adapter.head_tensor))
-        name = adapter.head_tensor.removesuffix(".weight")
-        gram = self._head_gram(states) if self.calibrated else None
-        stored, rows = self._quantize_group([name], [weight], gram, [adapter.set_head])
-        return tensors | stored, rows
-
-    def _head_gram(self, states: States) -> Tensor:
-        total = GramSum(states.width, self.adapter.device)
-        for batch in range(states.batches):
-            total.add(self.adapter.head_input(self.source, states[batch]))
-            states.release(batch)
-        return total.mean()
-
-    def logits(self, states: States) -> Tensor:
-        """What the quantized model in memory says on the probe tokens."""
-        assert states.probe is not None
-        return self.adapter.logits(self.source, states.probe)
-
-    def config(self) -> dict[str, Any]:
-        """The source's config.json, saying how to read the packed weights."""
-        if not self.pack:
-            return self.source.config
-        entry = layout.quantization_config(self.plan.scheme, ignore=self.plan.kept)
-        return {**self.source.config, "quantization_config": entry}
-
-    def expected(self) -> list[str]:
-        """Names of all tensors the output holds: the source's, the quantized ones packed."""
-        if not self.pack:
-            return self.source.names()
-        adapter, scheme = self.adapter, self.plan.scheme
-        quantized = {
-            f"{adapter.block_prefix(index)}{path}"
-            for index, groups in enumerate(self.plan.groups)
-            for paths in groups
-            for path in paths
-        }
-        if self.plan.head:
-            quantized.add(adapter.head_tensor.removesuffix(".weight"))
-        names: list[str] = []
-        for name in self.source.names():
-            path = name.removesuffix(".weight")
-            packed = path != name and path in quantized
-            names += layout.packed_names(path, scheme) if packed else [name]
-        return names
+def _elsewhere(job: BitJob, plan: Plan) -> int | None:
+    """Bytes that will be stored for all that is in no group, if that is not as in the source."""
+    if not plan.head or plan.head_bits is None:
+        return None
+    info = job.source.weight_info(job.adapter.head_tensor)
+    return (
+        job.other_bytes
+        - info.nbytes
+        + job.ladder.nbytes((info.shape[0], info.shape[1]), plan.head_bits)
+    )
 
 
-def _measured(target: CheckpointWriter, part: int) -> list[dict[str, Any]]:
-    """The rows of a committed part."""
+def _quantize_blocks(
+    work: Work, step: Step, target: CheckpointWriter, states: States, originals: States | None
+) -> None:
+    """Commit the blocks that are not committed yet, and last what is in none.
+
+    originals: what enters the blocks of the original model, for methods that go by it.
+    """
+
+    def restore(index: int) -> dict[str, Tensor] | None:
+        if (part := target.restore(index)) is None:
+            return None
+        return work.restored(part[0], part[1]["described"])
+
+    count = work.adapter.count
+    blocks = walk_blocks(work.adapter, work.source, states, restore=restore)
+    for block in track(blocks, count, f"quantize {step.method}"):
+        if not block.restored:
+            done = work.quantize_block(block, states, originals)
+            report = {"rows": done.rows, "described": done.described}
+            target.commit(block.index, done.tensors, report)
+            del done  # some of its tensors keep a map of the source's shard
+        elif originals is not None:
+            stored = restore(block.index)
+            assert stored is not None
+            work.skip_block(block.index, originals, stored)
+    outside = work.quantize_outside(states)
+    target.commit(count, outside.tensors, {"rows": outside.rows, "described": outside.described})
+
+
+def _expected(adapter: ModelAdapter, source: Checkpoint, plan: Plan, names_of: Any) -> list[str]:
+    """Names of all tensors the output holds: the source's, the quantized ones packed."""
+    quantized = {
+        f"{adapter.block_prefix(index)}{path}"
+        for index, groups in enumerate(plan.groups)
+        for paths in groups
+        for path in paths
+    }
+    if plan.head:
+        quantized.add(adapter.head_tensor.removesuffix(".weight"))
+    names: list[str] = []
+    for name in source.names():
+        path = name.removesuffix(".weight")
+        names += names_of(path) if path != name and path in quantized else [name]
+    return names
+
+
+def _committed(target: CheckpointWriter, part: int) -> dict[str, Any]:
+    """The report of a committed part."""
     committed = target.restore(part)
     assert committed is not None
-    rows: list[dict[str, Any]] = committed[1]["rows"]
-    return rows
+    return committed[1]
 
 
-def _summary(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
-    """Means over linears, and what was left alone."""
+def _summary(
+    source: Checkpoint, rows: list[dict[str, Any]], plan: Plan, choice: BitChoice | None
+) -> dict[str, Any]:
+    """Means over linears, what was left alone, and how bits were chosen."""
     summary: dict[str, Any] = {"linears": len(rows), "kept_dense": plan.kept}
+    parameters = sum(row["parameters"] for row in rows)
+    if parameters:
+        bits = sum(row["stored_bits"] * row["parameters"] for row in rows)
+        summary["stored_bits"] = bits / parameters
     for key in ("weight_error", "output_error"):
         if values := [row[key] for row in rows if key in row]:
             summary[f"mean_{key}"] = sum(values) / len(values)
     summary["most_damping"] = max((row.get("damping", 0.0) for row in rows), default=0.0)
+    if isinstance(source, RotatedCheckpoint):
+        summary["bytes_added_by_rotation"] = source.added_bytes
+    if choice is not None:
+        summary["choice"] = choice.summary | {"groups": choice.rows}
     return summary

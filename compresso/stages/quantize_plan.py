@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compresso.checkpoint.layout import Scheme
 from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
-from compresso.quantize_settings import UniformSettings
+from compresso.quantize_settings import DEFAULT_BITS, LinearChoice
+
+COMPRESSED_TENSORS = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -18,28 +20,39 @@ class Plan:
     groups: the linears of each input group of a block that are quantized, by path in the block,
             for every block. A linear that several blocks use is quantized once, in the block that
             has it, and to that block's input alone: the gram of no other is taken.
+    bits:   of the codes of each such group; None for a method with one width.
     kept:   full names of the linears that stay dense.
-    head:   whether the output head is quantized as well.
+    head:   whether the output head is quantized as well. head_bits: of its codes.
     """
 
-    scheme: Scheme
     groups: list[list[tuple[str, ...]]]
+    bits: Sequence[Sequence[int | None]]
     kept: list[str]
     head: bool
+    head_bits: int | None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some codes are wider than others."""
+        widths = {bits for own in self.bits for bits in own}
+        return len(widths | {self.head_bits} if self.head else widths) > 1
 
 
-def make_plan(adapter: ModelAdapter, settings: UniformSettings) -> Plan:
+def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) -> Plan:
     """Decide what is quantized, and refuse what cannot be.
+
+    packed_as: the layout of packed linears, as the registry names it.
 
     Raises ConfigError if a linear's columns do not divide into groups, an `ignore` pattern
     matches no linear, nothing is left, or the family's linears have no packed form.
     """
-    if settings.pack and adapter.family.transposed:
+    if settings.pack and adapter.family.transposed and packed_as == COMPRESSED_TENSORS:
         raise ConfigError(
             f"the linears of `{adapter.config.model_type}` are stored transposed, which the"
             " packed layout cannot express",
             hint="pass `--no-pack` to store the rounded weights dense",
         )
+    divisor = _divisor(settings)
     unused = set(settings.ignore)
     groups: list[list[tuple[str, ...]]] = []
     kept: list[str] = []
@@ -56,7 +69,7 @@ def make_plan(adapter: ModelAdapter, settings: UniformSettings) -> Plan:
             kept += [prefix + path for path in group if matches[path]]
             if chosen := tuple(path for path in group if not matches[path]):
                 groups[-1].append(chosen)
-                _check_columns(adapter, index, chosen, settings.group_size)
+                _check_columns(adapter, index, chosen, divisor)
     example = f"{adapter.module_prefix(0)}{adapter.family.linears[0][0]}"
     if unused:
         raise ConfigError(
@@ -66,11 +79,13 @@ def make_plan(adapter: ModelAdapter, settings: UniformSettings) -> Plan:
     if not any(groups) and not settings.lm_head:
         raise ConfigError("`ignore` leaves no linear to quantize")
     if settings.lm_head:
-        _check_head(adapter, settings.group_size)
+        _check_head(adapter, divisor)
     else:
         kept.append(adapter.family.head)
-    scheme = Scheme(settings.bits, settings.group_size, settings.symmetric)
-    return Plan(scheme, groups, kept, settings.lm_head)
+    bits = getattr(settings, "bits", None)
+    if bits is None and hasattr(settings, "bits"):
+        bits = DEFAULT_BITS
+    return Plan(groups, [[bits] * len(own) for own in groups], kept, settings.lm_head, bits)
 
 
 def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:
@@ -84,20 +99,24 @@ def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:
     return None
 
 
-def _check_columns(
-    adapter: ModelAdapter, index: int, paths: tuple[str, ...], group_size: int
-) -> None:
+def _divisor(settings: LinearChoice) -> int:
+    """What the columns of every linear must divide by."""
+    size: int = getattr(settings, "group_size", -1)
+    return getattr(settings, "dimension", 1) if size == -1 else size
+
+
+def _check_columns(adapter: ModelAdapter, index: int, paths: tuple[str, ...], divisor: int) -> None:
     for path in paths:
         columns = adapter.weight(adapter.blocks[index], path).shape[1]
-        if group_size != -1 and columns % group_size:
+        if columns % divisor:
             raise ConfigError(
                 f"`{adapter.module_prefix(index)}{path}` has {columns} columns, which do not"
-                f" divide into groups of {group_size}",
+                f" divide into groups of {divisor}",
                 hint="choose a `--group-size` that divides, -1 for whole rows, or `--ignore` it",
             )
 
 
-def _check_head(adapter: ModelAdapter, group_size: int) -> None:
+def _check_head(adapter: ModelAdapter, divisor: int) -> None:
     if adapter.tied:
         raise ConfigError(
             "the output head shares its weights with the embedding, which stays dense",
@@ -109,8 +128,8 @@ def _check_head(adapter: ModelAdapter, group_size: int) -> None:
             hint="leave out `--lm-head`",
         )
     columns = adapter.model.get_output_embeddings().weight.shape[1]
-    if group_size != -1 and columns % group_size:
+    if columns % divisor:
         raise ConfigError(
             f"`{adapter.family.head}` has {columns} columns, which do not divide into groups of"
-            f" {group_size}"
+            f" {divisor}"
         )

@@ -1,0 +1,178 @@
+"""Every quantize method through the real command: what it stores, loads, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
+from compresso.config import build
+from compresso.errors import ConfigError
+from compresso.recipe import make_step
+from compresso.run import run_step
+from compresso.runtime import make_runtime
+from compresso.settings import CalibrationSettings, RuntimeSettings
+
+METHODS = {
+    "rtn": {},
+    "gptq": {},
+    "gptq rotated": {"rotate": True, "group_size": 32},
+    "gptq head": {"rotate": True, "lm_head": True},
+    "rsq": {"least": 0.1},
+    "autoround": {"steps": 4},
+    "autoround from rtn": {"steps": 4, "start": "rtn", "symmetric": False},
+    "higgs": {"bits": 2},
+    "higgs p4": {"bits": 2, "dimension": 4, "block": 16},
+    "gptq+higgs": {"bits": 3, "dimension": 1},
+    "hqq": {"bits": 3},
+    "nf4": {},
+    "nf4 double": {"double": True},
+    "int8": {},
+    "rtn mixed": {"target_bits": 4.0, "symmetric": False},
+    "gptq mixed": {"target_bits": 4.0},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    llama = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)  # random logits are nearly flat: spread them
+    llama.to(torch.bfloat16).save_pretrained(path)
+    tokens = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(1))
+    np.save(path.parent / "tokens.npy", tokens.numpy())
+    return path
+
+
+def run(source, target, method, **values):
+    """The checkpoint that a step makes of a model."""
+    step = make_step("quantize", {"method": method.split()[0], **values}, where="test")
+    calibration = build(
+        CalibrationSettings,
+        {"dataset": str(source.parent / "tokens.npy"), "samples": 16, "batch_size": 4},
+        where="test",
+    )
+    runtime = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
+    run_step(step, Checkpoint(source), calibration, target, runtime)
+    return Checkpoint(target)
+
+
+def weights(checkpoint):
+    return checkpoint.load_weights(checkpoint.weight_names())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_stored_is_what_transformers_loads(model, tmp_path, name):
+    """That the logits are those in memory is proved before anything is published."""
+    written = run(model, tmp_path / "out", name, **METHODS[name])
+    record = json.loads((written.path / "compresso.json").read_text())
+    dense = run(model, tmp_path / "dense", name, **METHODS[name], pack=False)
+    assert not dense.packed and written.packed
+    assert written.stored_bytes < 0.6 * dense.stored_bytes
+    plain = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+    assert plain.config.model_type == "llama"
+    expected, found = weights(dense), weights(written)
+    assert expected.keys() == found.keys()
+    for tensor in expected:
+        assert torch.equal(expected[tensor], found[tensor]), tensor
+    rows = record["report"]["rows"]
+    names = {n.removesuffix(".weight") for n in expected if "_proj" in n}
+    assert {row["linear"] for row in rows} - {"lm_head"} == names
+    stored = sum(row["stored_bits"] * row["parameters"] for row in rows) / 8
+    packed = {row["linear"] for row in rows}
+    held = sum(
+        written.info(n).nbytes for n in written.names() if n.rpartition(".weight")[0] in packed
+    )
+    held += sum(written.info(n).nbytes for n in written.names() if n.endswith(".SCB"))
+    assert stored == pytest.approx(held)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stopped_run_ends_in_the_same_bytes(model, tmp_path, name, monkeypatch):
+    whole = run(model, tmp_path / "whole", name, **METHODS[name])
+    commit = CheckpointWriter.commit
+
+    def stopped(self, part, tensors, report):
+        commit(self, part, tensors, report)
+        if part == 0:
+            raise RuntimeError("stopped")
+
+    monkeypatch.setattr(CheckpointWriter, "commit", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(model, tmp_path / "out", name, **METHODS[name])
+    monkeypatch.undo()
+    resumed = run(model, tmp_path / "out", name, **METHODS[name])
+    for part in whole.path.glob("model-*.safetensors"):
+        assert part.read_bytes() == (resumed.path / part.name).read_bytes()
+    assert whole.config == resumed.config
+
+
+@pytest.mark.parametrize("name", ["higgs", "hqq", "nf4", "int8"])
+def test_gpt2_is_packed_too(model, tmp_path, name):
+    torch.manual_seed(0)
+    path = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    shutil.copy(model.parent / "tokens.npy", tmp_path)
+    found = weights(run(path, tmp_path / "out", name))
+    expected = weights(run(path, tmp_path / "dense", name, pack=False))
+    for tensor in expected:
+        assert torch.equal(expected[tensor], found[tensor]), tensor
+
+
+def test_a_better_allocation_than_all_alike(model, tmp_path):
+    """The groups are measured, and the sum of what they lose alone is the least."""
+    found = {}
+    for allocation in ("dp", "uniform"):
+        values = {"target_bits": 4.2, "group_size": 32, "allocation": allocation}
+        written = run(model, tmp_path / allocation, "rtn", **values)
+        record = json.loads((written.path / "compresso.json").read_text())
+        found[allocation] = record["report"]["summary"]["choice"]
+    assert found["dp"]["bits_per_weight"] <= 4.2
+    assert found["dp"]["measured_kl"] <= found["uniform"]["measured_kl"]
+    assert len({row["bits"] for row in found["dp"]["groups"]}) > 1
+
+
+def test_a_size_counts_everything(model, tmp_path):
+    written = run(model, tmp_path / "out", "rtn", size="52KB")
+    assert 48_000 < written.stored_bytes <= 52_000
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("rtn", {"size": "1KB"}, "`size`: 1KB cannot be reached"),
+        ("rtn", {"target_bits": 4, "bits": 4}, "give only one of `bits`, `target_bits`, `size`"),
+        ("rtn", {"target_bits": 4, "size": "1MB"}, "give only one of `target_bits`, `size`"),
+        ("higgs", {"bits": 8}, "8 bits in 2 dimensions are 2**16 points"),
+        ("higgs", {"block": 24}, "`block` must be a power of two, not 24"),
+        ("nf4", {"group_size": 128}, "64 columns, which do not divide into groups of 128"),
+        ("gptq", {"lm_head": True}, "shares its weights with the embedding"),
+        ("autoround", {"size": "1MB"}, "method `autoround` has no `size`"),
+    ],
+)
+def test_what_is_refused(model, tmp_path, method, values, message):
+    with pytest.raises(ConfigError) as raised:
+        run(model, tmp_path / "out", method, **values)
+    assert message in str(raised.value)
+    assert not (tmp_path / "out").exists()
