@@ -1,0 +1,199 @@
+"""Compare all ways to quantize one model, by what they store.
+
+    python scripts/bench_quantize.py --out DIR --text tests/data/heldout_tokens.npy \\
+        --dataset tests/data/calibration_tokens.npy
+
+Every checkpoint is made by `compresso quantize`, and judged as everyone who loads it gets it: its
+decoded weights, run in float32. Perplexity and KL(original || quantized) in nats on held-out
+windows, against the bits that are stored per quantized weight, scales and all, and the bytes of the
+whole. Checkpoints stay in DIR, so a run that was stopped goes on. Writes quantize.json, quantize.md
+and quantize.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import product
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compresso import registry
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.families import RESTRUCTURED
+
+WIDTHS, GROUPS = (2, 3, 4), (32, 64, 128)
+
+
+def ways() -> dict[str, list[str]]:
+    """Name in the table -> options."""
+    found: dict[str, list[str]] = {}
+    for method, bits, size in product(("rtn", "hqq", "gptq"), WIDTHS, GROUPS):
+        options = f"--method {method} --bits {bits} --group-size {size}"
+        found[f"{method} {bits} bits g{size}"] = options.split()
+    for bits in WIDTHS:
+        at = f"--bits {bits}".split()
+        found[f"rtn rotated {bits} bits g64"] = ["--method", "rtn", *at, "--rotate"]
+        found[f"gptq rotated {bits} bits g64"] = ["--method", "gptq", *at, "--rotate"]
+        found[f"rsq {bits} bits g64"] = ["--method", "rsq", *at]
+        for method, p in product(("higgs", "gptq+higgs"), (1, 2, 4)):
+            if bits * p <= 8:
+                found[f"{method} p{p} {bits} bits"] = [
+                    "--method",
+                    method,
+                    *at,
+                    "--dimension",
+                    f"{p}",
+                ]
+    for target in (2.25, 2.5, 2.75, 3.25, 4.25):
+        options = f"--method gptq --target-bits {target} --group-size 128"
+        found[f"gptq mixed {target} bits g128"] = options.split()
+    more = {
+        "gptq+higgs p2 2 bits block 64": "--method gptq+higgs --bits 2 --block 64",
+        "nf4": "--method nf4",
+        "nf4 double": "--method nf4 --double",
+        "autoround 2 bits g64": "--method autoround --bits 2",
+        "autoround from rtn 2 bits g64": "--method autoround --bits 2 --start rtn",
+    }
+    return found | {name: options.split() for name, options in more.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--text", type=Path, required=True, help=".npy of held-out windows")
+    parser.add_argument("--dataset", required=True, help="calibration text, or .npy of sequences")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows")
+    parser.add_argument("--only", nargs="*", help="what names in the table start with")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "quantize.json"
+    rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    windows = torch.from_numpy(numpy.load(options.text)[: options.windows].astype("int64"))
+    source = open_checkpoint(options.model)
+    original = [model_of(source)(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
+    loss = float(
+        torch.stack(
+            [-p.gather(-1, r[1:, None]).mean() for p, r in zip(original, windows, strict=True)]
+        ).mean()
+    )
+    print(f"original: perplexity {exp(loss):.3f}, {source.stored_bytes / 1e6:.2f} MB", flush=True)
+    for name, given in ways().items():
+        if name in rows or (options.only and not name.startswith(tuple(options.only))):
+            continue
+        rows[name] = row = measure(name, given, original, windows, options)
+        print(f"{name}: {row['ppl']:.3f} / {row['kl']:.4f}, {row['bits']:.3f} bits", flush=True)
+        results.write_text(json.dumps(rows, indent=1))
+    (options.out / "quantize.md").write_text(table(rows, loss))
+    draw(rows, options.out / "quantize.png", title=source.path.name)
+
+
+def measure(
+    name: str,
+    given: list[str],
+    original: list[torch.Tensor],
+    windows: torch.Tensor,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Make a checkpoint, unless it is there, and judge it."""
+    target = options.out / name.replace(" ", "-")
+    command = ["quantize", options.model, "-o", str(target), *given]
+    if registry.method("quantize", given[1]).calibrated:
+        command += ["--dataset", options.dataset]
+    subprocess.run([sys.executable, "-m", "compresso", *command], check=True, stdout=2)
+    made = Checkpoint(target)
+    summary = made.provenance["report"]["summary"]
+    model = model_of(made)
+    lost = divergence = 0.0
+    for row, expected in zip(windows, original, strict=True):
+        found = model(row[None]).logits[0, :-1].log_softmax(-1)
+        lost += cross_entropy(found, row)
+        divergence += float((expected.exp() * (expected - found)).sum(-1).mean())
+    return {
+        "bits": summary["stored_bits"],
+        "bytes": made.stored_bytes,
+        "ppl": exp(lost / len(windows)),
+        "kl": divergence / len(windows),
+        "seconds": summary["seconds"],
+    }
+
+
+def cross_entropy(logarithms: torch.Tensor, window: torch.Tensor) -> float:
+    """Of the next token, in nats. logarithms: of probabilities, after all tokens but the last."""
+    return -float(logarithms.gather(-1, window[1:, None]).mean())
+
+
+def model_of(checkpoint: Checkpoint) -> Any:
+    """Its decoded weights in the stock model, in float32."""
+    others = ("model_type", "compresso", "auto_map", "quantization_config")
+    fields = {name: value for name, value in checkpoint.config.items() if name not in others}
+    stock = AutoConfig.for_model(
+        checkpoint.config["model_type"].removeprefix(RESTRUCTURED), **fields
+    )
+    model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32).eval()
+    weights = checkpoint.load_weights(checkpoint.weight_names())
+    model.load_state_dict({n: w.float() for n, w in weights.items()}, strict=False)
+    model.tie_weights()
+    return model
+
+
+def table(rows: dict[str, Any], loss: float) -> str:
+    """Markdown, by stored bits; the loss is log perplexity less that of the original."""
+    lines = ["| | bits per weight | MB | perplexity | loss | KL | seconds |", "|---" * 7 + "|"]
+    for name, row in sorted(
+        rows.items(), key=lambda item: (round(item[1]["bits"], 1), item[1]["kl"])
+    ):
+        lost = float(numpy.log(row["ppl"])) - loss
+        lines.append(
+            f"| {name} | {row['bits']:.3f} | {row['bytes'] / 1e6:.2f} | {row['ppl']:.3f} |"
+            f" {lost:.4f} | {row['kl']:.4f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def method_of(name: str) -> str:
+    """What a name in the table says before the width."""
+    return name.split(" bits")[0].rsplit(" ", 1)[0] if " bits" in name else name
+
+
+def draw(rows: dict[str, Any], path: Path, *, title: str) -> None:
+    """KL against stored bits per weight, a line per method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    methods = dict.fromkeys(map(method_of, rows))
+    for number, method in enumerate(methods):
+        mine = [
+            row for name, row in rows.items() if name.split(" bits")[0].rsplit(" ", 1)[0] == method
+        ]
+        mine.sort(key=lambda row: row["bits"])
+        style = ("-", "--", ":")[number % 3]
+        axes.plot(
+            [row["bits"] for row in mine],
+            [row["kl"] for row in mine],
+            style,
+            marker="o",
+            ms=4,
+            label=method,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits stored per quantized weight")
+    axes.set_ylabel("KL(original || quantized), nats per token")
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
