@@ -59,9 +59,21 @@ def _formats() -> Rows:
         },
         {
             "name": "pack-quantized",
-            "is": "packed weights of compressed-tensors, uniform 2, 3, 4 or 8 bits",
+            "is": "packed weights of compressed-tensors, 2, 3, 4 or 8 bits, also mixed",
             "read": "by analyze, eval and inspect",
-            "written by": "quantize",
+            "written by": "quantize: gptq, rtn, rsq, autoround",
+        },
+        {
+            "name": "bitsandbytes",
+            "is": "nf4, fp4 and int8 as transformers saves them",
+            "read": "by analyze, eval and inspect",
+            "written by": "quantize: nf4, int8",
+        },
+        {
+            "name": "coded",
+            "is": "compresso's own: vector grids, and groups with any zeros",
+            "read": "by analyze, eval and inspect",
+            "written by": "quantize: higgs, gptq+higgs, hqq, mixed bits with --asym",
         },
     ]
 

@@ -25,6 +25,7 @@ FLAGS = {
     "samples": "--nsamples",
     "length": "--seqlen",
     "symmetric": "--sym/--asym",
+    "block": "--hadamard",
 }
 DANGEROUS = ("trust_remote_code",)
 BLOCK_LISTS = {"drop": "3,4,a7", "protect": "first,last", "keep": "3,4"}  # and how they are written
@@ -108,6 +109,7 @@ def with_options(
 def sort_options(stage: str, values: dict[str, Any]) -> Given:
     """Sort values by record, without the options that were not given."""
     given = {name: value for name, value in values.items() if value is not None and value != []}
+    given = registry.with_preset(stage, given, where=f"compresso {stage}")
     calibrated = set(_calibration_fields(stage))
     runtime = set(fields(RuntimeSettings))
     method = registry.stage(stage).methods.get(given.get("method", ""))
@@ -135,6 +137,8 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
     parameters = []
     if len(methods) > 1:
         parameters.append(_method_parameter(methods))
+    if presets := registry.stage(stage).presets:
+        parameters.append(_preset_parameter(presets))
     calibration = _calibration_fields(stage)
     own = dict.fromkeys(f for entry in methods.values() for f in fields(entry.settings))
     for field in [field for field in own if field not in calibration]:
@@ -173,6 +177,21 @@ def _method_parameter(methods: dict[str, registry.Method]) -> inspect.Parameter:
         rich_help_panel="Method",
     )
     return _keyword("method", Annotated[str | None, option])
+
+
+def _preset_parameter(presets: dict[str, dict[str, Any]]) -> inspect.Parameter:
+    lines = []
+    for name, values in presets.items():
+        settings = [f"{flag(key)} {value}" for key, value in values.items() if key != "method"]
+        lines.append(f"`{name}`: {' '.join([values['method'], *settings])}.")
+    option = typer.Option(
+        "--preset",
+        help=f"A method and its settings. {' '.join(lines)}",
+        show_default=False,
+        metavar="|".join(presets),
+        rich_help_panel="Method",
+    )
+    return _keyword("preset", Annotated[str | None, option])
 
 
 def _parameter(record: type, field: str, note: str, panel: str) -> inspect.Parameter:

@@ -97,7 +97,7 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
     Raises ConfigError naming `where` and the nearest right word.
     """
     methods = registry.stage(stage, where=where).methods
-    values = dict(values)
+    values = registry.with_preset(stage, values, where=where)
     gates: tuple[Gate, ...] = ()
     if stage == "eval" and "assert" in values:
         gates = parse_gates(values.pop("assert"), where=where)
@@ -237,6 +237,7 @@ def _check_step_keys(stage: str, method: str, values: dict[str, Any], where: str
                 )
         known = [name for entry in methods.values() for name in fields(entry.settings)]
         extra = ["method", *(["assert"] if stage == "eval" else [])]
+        extra += ["preset"] if registry.stage(stage).presets else []
         _check_keys({key: None}, tuple(dict.fromkeys([*extra, *known])), where)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 
@@ -64,12 +64,14 @@ class Stage:
     code:   "module:function".
     takes:  the kind of weights it reads. leaves: the kind it writes, or None if it writes none.
     methods: the first is the default.
+    presets: name -> method and settings.
     """
 
     code: str
     takes: Literal["dense", "any"]
     leaves: Literal["dense", "quantized"] | None
     methods: dict[str, Method]
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 STAGES = {
@@ -243,6 +245,11 @@ STAGES = {
                 packed_as="bitsandbytes",
             ),
         },
+        presets={
+            "fast": {"method": "rtn"},
+            "default": {"method": "gptq"},
+            "best": {"method": "autoround"},
+        },
     ),
     "eval": Stage(
         "compresso.stages.evaluate:evaluate",
@@ -268,6 +275,21 @@ def stage(name: str, *, where: str = "") -> Stage:
 def method(stage_name: str, name: str, *, where: str = "") -> Method:
     """Raises ConfigError, with the nearest name, if there is none."""
     return _find(f"{stage_name} method", name, stage(stage_name).methods, where)
+
+
+def with_preset(stage_name: str, values: dict[str, Any], *, where: str = "") -> dict[str, Any]:
+    """The values of a step with those of its `preset` in place of that.
+
+    Raises ConfigError, with the nearest name, if there is none, or a method is named besides.
+    """
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if "method" in values:
+        raise ConfigError(f"{where}: give only one of `preset`, `method`")
+    presets = stage(stage_name, where=where).presets
+    return _find(f"{stage_name} preset", name, presets, where) | values
 
 
 def load(code: str) -> Callable[..., Any]:
