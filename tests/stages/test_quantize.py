@@ -1,5 +1,6 @@
 """The quantize stage on tiny models: what it writes, that it loads, and what it refuses."""
 
+import functools
 import json
 
 import numpy as np
@@ -113,9 +114,13 @@ def test_rows_report_every_linear(llama, tmp_path):
 def test_linears_of_a_group_share_one_sweep(llama, tmp_path, monkeypatch):
     calls = []
     real = gptq.quantize
-    monkeypatch.setattr(
-        gptq, "quantize", lambda w, *a, **k: (calls.append(tuple(w.shape)), real(w, *a, **k))[1]
-    )
+
+    @functools.wraps(real)  # which says what options it takes
+    def recording(weight, *arguments, **options):
+        calls.append(tuple(weight.shape))
+        return real(weight, *arguments, **options)
+
+    monkeypatch.setattr(gptq, "quantize", recording)
     run(llama, tmp_path / "out", bits=4, group_size=16)
     assert calls == [(64, 32), (32, 32), (128, 32), (32, 64)] * 3
 
@@ -194,6 +199,7 @@ def test_refused_before_any_work(llama, tmp_path, values, message):
 def test_damping_is_raised_and_recorded(llama, tmp_path, monkeypatch):
     real = gptq.quantize
 
+    @functools.wraps(real)
     def fussy(weight, gram, *, damping, **options):
         if damping < 0.5:
             raise NumericalError("gram is not positive definite")
@@ -203,7 +209,12 @@ def test_damping_is_raised_and_recorded(llama, tmp_path, monkeypatch):
     run(llama, tmp_path / "out", bits=4, group_size=16)
     record = json.loads((tmp_path / "out" / "compresso.json").read_text())
     assert {row["damping"] for row in record["report"]["rows"]} == {1.0}
-    monkeypatch.setattr(gptq, "quantize", lambda *a, **k: fussy(*a, **{**k, "damping": 0.0}))
+
+    @functools.wraps(real)
+    def never_content(*arguments, **options):
+        return fussy(*arguments, **{**options, "damping": 0.0})
+
+    monkeypatch.setattr(gptq, "quantize", never_content)
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj"):
         run(llama, tmp_path / "never", bits=4, group_size=16)
     assert not (tmp_path / "never").exists()
