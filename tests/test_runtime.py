@@ -100,8 +100,9 @@ def test_memory_is_measured():
 import torch
 from compresso.runtime import peak_memory
 before = peak_memory()
-taken = torch.ones(30_000_000)  # without pages that are written to, it would take no memory
-assert peak_memory() - before > 110e6, (before, peak_memory())
+taken = torch.ones(150_000_000)  # without pages that are written to, it would take no memory
+# Importing torch has a peak of its own.
+assert peak_memory() > taken.nbytes and peak_memory() - before > 100e6, (before, peak_memory())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert runtime.free_memory() > 0
