@@ -20,6 +20,7 @@ from rich.text import Text
 
 from compresso.kernels.selection import Triangle, closest_run
 from compresso.report import Report
+from compresso.stages.sensitivity_view import sensitivity_table
 
 # Cells of 5 and 4 columns show three and two decimals; narrower ones a shade.
 DECIMALS = {5: 3, 4: 2}
@@ -51,6 +52,9 @@ def analysis_view(report: Report, *, width: int) -> RenderableType:
         parts += [*(_heading("What the model loses without it"), damage_table(report.rows)), Text()]
     if "pairs" in report.summary:
         parts += [pair_view(report.summary["pairs"]), Text()]
+    if "sensitivity" in report.summary:
+        heading = _heading("KL of each group alone at 3 bits, and bits of groups for a target")
+        parts += [heading, sensitivity_table(report.summary), Text()]
     if len(report.rows) > 1:
         parts += [triangle_map(triangle_of(report.rows), width=width), Text()]
     return Group(

@@ -88,6 +88,21 @@ def test_damage_and_pairs_are_shown_where_they_were_measured():
     assert pairs.split() == ["2", "1", "0.500", "4", "0.500", "0.500"]
 
 
+def test_groups_are_listed_with_their_damage_and_bits():
+    report = made_up(2)
+    named = (["self_attn.q_proj", "self_attn.k_proj"], ["mlp.down_proj"])
+    report.summary["sensitivity"] = [
+        {"block": block, "linears": linears, "kl_3": block + place / 10}
+        for block in range(2)
+        for place, linears in enumerate(named)
+    ]
+    report.summary["bits"] = {"3": {"levels": [0, 1, 2, 3], "kl": 0.25}}
+    lines = [line.split() for line in rendered(report).splitlines()]
+    assert ["block", "q_proj", "…", "down_proj", "at", "3"] in lines
+    assert ["0", "0.0000", "0.1000", "23"] in lines
+    assert ["1", "1.0000", "1.1000", "48"] in lines
+
+
 def test_halves_are_listed_by_name():
     assert format_units([1, 2, 5]) == "1-2, 5"
     assert format_units(["a3", "m5"]) == "a3, m5"
