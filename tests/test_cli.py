@@ -23,7 +23,7 @@ from compresso.depth_settings import ManualSettings
 from compresso.gates import Gate
 from compresso.listing import TOPICS
 from compresso.options import ALIASES, FLAGS, flag, option_name, stage_parameters
-from compresso.quantize_settings import GptqSettings, RtnSettings
+from compresso.quantize_settings import GptqSettings, HiggsSettings, RtnSettings
 from compresso.recipe import load_recipe
 from compresso.settings import (
     CalibrationSettings,
@@ -94,6 +94,7 @@ def test_options_are_the_settings(stage):
         expected |= set(fields(CalibrationSettings))
     extra = {"method"} if len(methods) > 1 else set()
     extra |= {"limits"} if stage == "eval" else set()
+    extra |= {"preset"} if registry.STAGES[stage].presets else set()
     assert {parameter.name for parameter in stage_parameters(stage)} == expected | extra
     assert set(commands.HELP) == set(registry.STAGES)
 
@@ -124,7 +125,7 @@ def test_every_other_spelling_stands_for_something_real():
     assert set(ALIASES) <= real
     assert not set(aliases) & real and len(aliases) == len(set(aliases))
     assert set(FLAGS) <= {
-        field for cls in (RtnSettings, CalibrationSettings) for field in fields(cls)
+        field for cls in (RtnSettings, HiggsSettings, CalibrationSettings) for field in fields(cls)
     }
     assert option_name("num_calibration_samples") == "nsamples" and option_name("o") == "o"
 

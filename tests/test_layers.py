@@ -22,6 +22,7 @@ STAGES = CALIBRATION | {
     "calibration",
     "recipe",
     "registry",
+    "methods",
     "report",
     "provenance",
 }

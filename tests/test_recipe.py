@@ -2,6 +2,7 @@
 
 import pytest
 
+from compresso import registry
 from compresso.depth_settings import ContiguousSettings, ShortGptSettings
 from compresso.errors import ConfigError, GateError
 from compresso.gates import Gate, check_gates, gate_texts, parse_gates, split_limits
@@ -261,3 +262,16 @@ def test_limits_of_the_command_line():
     for text in ("kl", "kl=3", "<3", ""):
         with pytest.raises(ConfigError, match="is not a limit"):
             split_limits([text])
+
+
+def test_a_preset_is_a_method_and_its_settings():
+    for name, values in registry.stage("quantize").presets.items():
+        step = make_step("quantize", {"preset": name, "bits": 3}, where="test")
+        assert step == make_step("quantize", {**values, "bits": 3}, where="test")
+    with pytest.raises(ConfigError) as raised:
+        make_step("quantize", {"preset": "fats"}, where="test")
+    assert raised.value.hint == "did you mean `fast`?"
+    with pytest.raises(ConfigError, match="give only one of `preset`, `method`"):
+        make_step("quantize", {"preset": "fast", "method": "rtn"}, where="test")
+    with pytest.raises(ConfigError, match="unknown prune preset `fast`"):
+        make_step("prune", {"preset": "fast", "ratio": 0.2}, where="test")
