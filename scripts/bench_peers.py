@@ -30,9 +30,11 @@ from typing import Any
 import numpy
 
 PER_MB = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # ru_maxrss is in bytes or KiB
+SCALE_BITS = 16  # of every group
 DAMPING, BLOCK = 0.01, 128  # of GPTQ; GPTQModel's block is fixed, compresso's its own default
 # package-method; each package but compresso, which runs in this interpreter, has an environment
-TOOLS = ["compresso-rtn", "compresso-gptq"]
+# of its own. `compresso-mixed` is GPTQ with the bits of every group chosen for the same size.
+TOOLS = ["compresso-rtn", "compresso-gptq", "compresso-mixed"]
 TOOLS += ["llmcompressor-rtn", "llmcompressor-gptq", "llmcompressor-awq", "gptqmodel-gptq"]
 TOOLS += ["autoround-default", "autoround-best"]
 REQUIREMENTS = {
@@ -268,7 +270,14 @@ def run(job: Job, python: str, folder: Path) -> dict[str, Any]:
         result |= json.loads(answer.read_text())
     else:
         command = [python, "-m", "compresso", "quantize", job.model, "-o", job.checkpoint]
-        command += f"--method {method} --bits {job.bits} --group-size {job.group_size}".split()
+        if method == "mixed":  # what the others store for such bits and groups, spent otherwise
+            stored = job.bits + SCALE_BITS / job.group_size
+            command += (
+                f"--method gptq --target-bits {stored} --group-size {2 * job.group_size}".split()
+            )
+        else:
+            command += f"--method {method} --bits {job.bits}".split()
+            command += ["--group-size", str(job.group_size)]
         command += ["--sym" if job.symmetric else "--asym"]
         if method != "rtn":
             sequences, length = numpy.load(job.calibration, mmap_mode="r").shape
