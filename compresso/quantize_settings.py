@@ -173,7 +173,7 @@ class RsqSettings(UniformSettings):
 
 
 @settings
-class VectorSettings(LinearChoice):
+class VectorSettings(LinearChoice, Target):
     """A vector grid for weights in rotated blocks."""
 
     bits: Annotated[
@@ -197,6 +197,8 @@ class VectorSettings(LinearChoice):
     def _check_grid(self) -> Self:
         if self.block & (self.block - 1):
             raise ValueError(f"`block` must be a power of two, not {self.block}")
+        if self.hits_target:
+            return self
         bits = DEFAULT_BITS if self.bits is None else self.bits
         if bits * self.dimension > POINT_BITS:
             raise ValueError(

@@ -55,6 +55,10 @@ def ways() -> dict[str, list[str]]:
     for target in (2.25, 2.5, 2.75, 3.25, 4.25):
         options = f"--method gptq --target-bits {target} --group-size 128"
         found[f"gptq mixed {target} bits g128"] = options.split()
+    for target in (2.25, 2.5, 3.0, 3.25, 4.0, 4.25):
+        for method in ("higgs", "gptq+higgs"):
+            options = f"--method {method} --target-bits {target}"
+            found[f"{method} p2 mixed {target} bits"] = options.split()
     more = {
         "gptq+higgs p2 2 bits block 64": "--method gptq+higgs --bits 2 --block 64",
         "nf4": "--method nf4",

@@ -18,7 +18,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.settings import AnalyzeSettings
 from compresso.stages.advice import advise_bits
-from compresso.stages.ladder import group_bytes, uniform_ladder
+from compresso.stages.ladder import group_bytes, make_ladder
 from compresso.stages.quantize_plan import make_plan
 
 QUANTIZERS = {"gptq": GptqSettings, "rtn": RtnSettings}
@@ -48,7 +48,7 @@ def add_sensitivity(report: Report, of: Measured, settings: AnalyzeSettings) -> 
         group_size=settings.group_size, pack=not of.adapter.family.transposed
     )
     groups = make_plan(of.adapter, method, packed_as=METHOD).groups
-    ladder = uniform_ladder(settings.quantizer, method, of.source.dtype)
+    ladder = make_ladder(settings.quantizer, method, of.source.dtype)
     levels = Levels(of.target / "levels", of.adapter, of.source, groups, ladder, key="analysis")
     sensitivity = Sensitivity(
         of.adapter,

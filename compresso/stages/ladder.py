@@ -15,15 +15,17 @@ from compresso import registry
 from compresso.calibration.levels import Decodable, Groups, Ladder, places, weight_names
 from compresso.checkpoint.layout import Scheme, packed_names
 from compresso.checkpoint.reader import Checkpoint
+from compresso.kernels.hadamard import block_size
 from compresso.models.adapter import ModelAdapter
+from compresso.quantize_settings import POINT_BITS
 
 WIDTHS = (2, 3, 4, 8)
 WORD = 4  # bytes of the words that codes are packed into
 SHAPE = 16  # bytes of the shape that is stored with every linear
 
 
-def uniform_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
-    """A method with uniform grids, stored in the packed layout.
+def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
+    """A method at all its widths: with uniform grids, stored packed, or vector grids, coded.
 
     settings: of the method; its own width has no part. dtype: of the checkpoint, and of scales.
     """
@@ -38,12 +40,18 @@ def uniform_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
         decodable: Decodable = code(weight, gram, bits=bits, scale_dtype=dtype, **chosen)
         return decodable
 
-    return Ladder(
-        bits=WIDTHS,
-        quantize=quantize,
-        nbytes=partial(
+    widths: tuple[int, ...] = WIDTHS
+    if hasattr(settings, "dimension"):
+        widths = tuple(bits for bits in WIDTHS if bits * settings.dimension <= POINT_BITS)
+        nbytes = partial(coded_bytes, block=settings.block, dtype=dtype)
+    else:
+        nbytes = partial(
             packed_bytes, group_size=settings.group_size, symmetric=settings.symmetric, dtype=dtype
-        ),
+        )
+    return Ladder(
+        bits=widths,
+        quantize=quantize,
+        nbytes=nbytes,
         calibrated=entry.calibrated,
         key=json.dumps([method, chosen, rotated], sort_keys=True),
     )
@@ -78,6 +86,14 @@ def packed_bytes(
         "weight_zero_point": WORD * _words(rows, bits) * groups,
     }
     return sum(stored[name.removeprefix(".")] for name in packed_names("", scheme))
+
+
+def coded_bytes(shape: tuple[int, int], bits: int, *, block: int, dtype: torch.dtype) -> int:
+    """What a linear of that shape, (rows, columns), on a vector grid is stored in, in bytes."""
+    rows, columns = shape
+    return rows * (
+        WORD * _words(columns, bits) + dtype.itemsize * (columns // block_size(columns, block))
+    )
 
 
 def _words(values: int, bits: int) -> int:

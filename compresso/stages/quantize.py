@@ -24,7 +24,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.bit_choice import BitChoice, choose_bits
 from compresso.stages.bit_job import BitJob
-from compresso.stages.ladder import uniform_ladder
+from compresso.stages.ladder import make_ladder
 from compresso.stages.quantize_layouts import make_layout
 from compresso.stages.quantize_plan import Plan, make_plan
 from compresso.stages.quantize_work import Work
@@ -59,7 +59,7 @@ def quantize(
     plan = make_plan(adapter, settings, packed_as=packed_as)
     choice = None
     if getattr(settings, "hits_target", False):
-        ladder = uniform_ladder(step.method, settings, source.dtype)
+        ladder = make_ladder(step.method, settings, source.dtype)
         job = BitJob(settings, adapter, source, calibration, plan.groups, ladder, target, runtime)
         choice = choose_bits(replace(job, elsewhere=_elsewhere(job, plan)))
         plan = replace(plan, bits=choice.bits)

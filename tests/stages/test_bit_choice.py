@@ -26,7 +26,7 @@ from compresso.stages import bit_choice
 from compresso.stages.bit_choice import budget_of, choose_bits
 from compresso.stages.bit_job import BitJob
 from compresso.stages.bit_search import evolve
-from compresso.stages.ladder import packed_bytes, uniform_ladder
+from compresso.stages.ladder import make_ladder, packed_bytes
 from compresso.stages.quantize_plan import make_plan
 
 BATCHES = [tokens(2, 16, seed=1), tokens(2, 16, seed=2)]
@@ -69,7 +69,7 @@ def job(checkpoints, tmp_path):
                 source,
                 calibration,
                 make_plan(adapter, quantizer, packed_as="compressed-tensors").groups,
-                uniform_ladder(method, quantizer, source.dtype),
+                make_ladder(method, quantizer, source.dtype),
                 CheckpointWriter(tmp_path / name, key="test", parts=BLOCKS + 1),
                 RUNTIME,
             )
@@ -87,7 +87,7 @@ def job(checkpoints, tmp_path):
 def test_sizes_are_those_of_what_is_stored(bits, group_size, symmetric):
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
     settings = RtnSettings(group_size=group_size, symmetric=symmetric)
-    ladder = uniform_ladder("rtn", settings, torch.bfloat16)
+    ladder = make_ladder("rtn", settings, torch.bfloat16)
     stored = pack("x", ladder.quantize(weight, None, bits), torch.bfloat16, symmetric=symmetric)
     expected = sum(tensor.nbytes for tensor in stored.values())
     assert ladder.nbytes((24, 96), bits) == expected

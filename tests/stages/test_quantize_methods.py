@@ -36,6 +36,8 @@ METHODS = {
     "int8": {},
     "rtn mixed": {"target_bits": 4.0, "symmetric": False},
     "gptq mixed": {"target_bits": 4.0},
+    "higgs mixed": {"target_bits": 3.2},
+    "gptq+higgs mixed": {"target_bits": 3.2, "dimension": 1},
 }
 
 
