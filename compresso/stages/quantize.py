@@ -51,8 +51,7 @@ def quantize(
     were moved before, by how much of their squares, and errors from there.
 
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
-    calibration tokens, where they are needed also those of the original model, up to the memory
-    budget.
+    calibration tokens, in the original model too if need be, up to the memory budget.
     """
     settings = step.settings
     if settings.rotate:
@@ -82,8 +81,8 @@ def quantize(
 
     batches = calibration.batches if calibration else []
     states = enter(batches, probe)
-    originals = Originals(adapter, enter(batches, None)) if work.follows else None
-    _quantize_blocks(work, step, target, states, originals)
+    original = Originals(adapter, enter(batches, None)) if work.follows else None
+    _quantize_blocks(work, step, target, states, original)
     parts = [_committed(target, part) for part in range(adapter.count + 1)]
     report = Report(rows=[row for part in parts for row in part["rows"]])
     report.config = layout.config(source.config, [one for p in parts for one in p["described"]])
