@@ -49,6 +49,15 @@ Refine = Annotated[
     int,
     limit(ge=0, le=100, description="Passes over codes and scales afterwards; 0: plain GPTQ."),
 ]
+Match = Annotated[
+    float,
+    limit(
+        ge=0,
+        le=1,
+        description="Move weights first, by this much of what would best make up for the error of"
+        " the blocks before; 0: not at all.",
+    ),
+]
 Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
 
 
@@ -145,21 +154,24 @@ class RtnSettings(UniformSettings, Target):
 
 
 @settings
-class GptqSettings(UniformSettings, Target):
-    """Rounding columns one after another, each one's error moved to those after it."""
+class FeedbackSettings:
+    """Errors of rounding moved to weights that are rounded later."""
 
     damping: Damping = 0.01
     act_order: ActOrder = True
     refine: Refine = 3
+    match: Match = 0.0
 
 
 @settings
-class RsqSettings(UniformSettings):
+class GptqSettings(FeedbackSettings, UniformSettings, Target):
+    """Rounding columns one after another, each one's error moved to those after it."""
+
+
+@settings
+class RsqSettings(FeedbackSettings, UniformSettings):
     """GPTQ of the rotated model, where tokens that get more attention count for more."""
 
-    damping: Damping = 0.01
-    act_order: ActOrder = True
-    refine: Refine = 3
     rotate: Rotate = True
     least: Annotated[
         float,
@@ -219,12 +231,8 @@ class HiggsSettings(VectorSettings):
 
 
 @settings
-class GptqHiggsSettings(VectorSettings):
+class GptqHiggsSettings(FeedbackSettings, VectorSettings):
     """GPTQ with a vector grid, on rotated weights."""
-
-    damping: Damping = 0.01
-    act_order: ActOrder = True
-    refine: Refine = 3
 
 
 @settings

@@ -1,4 +1,4 @@
-"""The gram of a linear's input: the mean of x x^T over tokens, weighted or not."""
+"""Means of products over tokens, weighted or not, such as the gram of a linear's input."""
 
 from __future__ import annotations
 
@@ -47,6 +47,30 @@ class GramSum:
             corner = self._total[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
             self._total[end:, start:end] = self._total[start:end, end:].T
+        return self._total.div_(self._tokens)
+
+
+class ProductSum:
+    """A running sum of y x^T."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        """rows: size of y. columns: size of x."""
+        self._total = torch.zeros(rows, columns, device=device)
+        self._tokens = 0
+
+    def add(self, left: Tensor, right: Tensor, importance: Tensor | None = None) -> None:
+        """Take in tokens: y, (..., rows), and x, (..., columns). Not modified.
+
+        importance: as in `GramSum.add`.
+        """
+        rows = left.reshape(-1, len(self._total)).float()
+        if importance is not None:
+            rows = rows * importance.reshape(-1, 1)
+        self._total.addmm_(rows.T, right.reshape(len(rows), -1).float())
+        self._tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        """The mean, (rows, columns) float32. Take it once, at the end."""
         return self._total.div_(self._tokens)
 
 

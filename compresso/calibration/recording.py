@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -24,6 +26,43 @@ class StandIn(nn.Module):
         """Answer for `hidden_states`, whatever else is passed."""
         answer = self._answer(hidden_states)
         return (answer, None) if self._attention else answer
+
+
+def silent(sink: Callable[[Tensor], None], width: int, *, attention: bool = False) -> StandIn:
+    """A module that gives its input to `sink` and answers with zeros, (..., width)."""
+
+    def answer(inputs: Tensor) -> Tensor:
+        sink(inputs)
+        return inputs.new_zeros(1).expand(*inputs.shape[:-1], width)
+
+    return StandIn(answer, attention=attention)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a linear read and answered."""
+
+    input: Tensor
+    output: Tensor
+
+
+@contextmanager
+def heard(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Call]]:
+    """Keep the last call of each of some linears of a block, by path."""
+    calls: dict[str, Call] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[path] = Call(inputs[0], output)
+
+        return hook
+
+    handles = [block.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Recording:

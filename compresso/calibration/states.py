@@ -143,27 +143,31 @@ class States:
             self._for_mlp = self._ram_store(width, beside=self._hidden.ram_bytes + taken)
         return self._for_mlp
 
-    def _needed_store(self, width: int, *, beside: int) -> Store:
-        found = self._ram_store(width, beside=beside)
+    def further_store(self, each: int) -> Store:
+        """Room for `each` more tensors per batch, as large as its hidden states, or on disk."""
+        return self._needed_store(self.width, beside=self._hidden.ram_bytes, each=each)
+
+    def _needed_store(self, width: int, *, beside: int, each: int = 1) -> Store:
+        found = self._ram_store(width, beside=beside, each=each)
         if found is not None:
             return found
         if self._spill_dir is None:
-            needed = self.batches * self._batch_bytes(width) + beside
+            needed = each * self.batches * self._batch_bytes(width) + beside
             raise ResourceError(
                 f"hidden states need {needed / 1e9:.2f} GB, but `max_memory` is "
                 f"{self._budget / 1e9:.2f} GB",
                 hint="allow more memory or use fewer samples",
             )
-        return self._new_store(width, self._spill_dir)
+        return self._new_store(width, self._spill_dir, each=each)
 
-    def _ram_store(self, width: int, *, beside: int) -> Store | None:
-        if self.batches * self._batch_bytes(width) + beside > self._budget:
+    def _ram_store(self, width: int, *, beside: int, each: int = 1) -> Store | None:
+        if each * self.batches * self._batch_bytes(width) + beside > self._budget:
             return None
-        return self._new_store(width, None)
+        return self._new_store(width, None, each=each)
 
-    def _new_store(self, width: int, spill_dir: Path | None) -> Store:
+    def _new_store(self, width: int, spill_dir: Path | None, *, each: int) -> Store:
         return Store(
-            self.batches,
+            each * self.batches,
             batch_bytes=self._batch_bytes(width),
             device=self._adapter.device,
             spill_dir=spill_dir,

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from compresso.calibration.attention import ReceivedAttention, token_importance
 from compresso.calibration.gram import GramSum
 from compresso.calibration.parts import Parts
-from compresso.calibration.recording import Recording, StandIn
+from compresso.calibration.recording import Recording, StandIn, silent
 from compresso.calibration.states import States, Store, enter_blocks
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import replaced
 
 Sink = Callable[[Tensor], None]
+# Takes the number of a batch, the inputs of a group in it, and what the tokens count, if not alike.
+Watch = Callable[[int, Tensor, Tensor | None], None]
 
 __all__ = ["LiveBlock", "Parts", "States", "enter_blocks", "never", "walk_blocks"]
 
@@ -88,6 +90,8 @@ class LiveBlock:
         self._left = 0  # how many batches of the states have left the block already
         parallel = self._family.parallel
         self._parallel = parallel is not None and bool(getattr(adapter.config, parallel))
+        scale = self._family.multiplier
+        self._multiplier: float = getattr(adapter.config, scale) if scale else 1
 
     def weigh_tokens(self, least: float) -> None:
         """Let tokens count in every later gram by the attention they receive in this block.
@@ -111,7 +115,7 @@ class LiveBlock:
                 found.append(token_importance(attention.received, least=least))
         self._importance = found
 
-    def gram(self, paths: tuple[str, ...]) -> Tensor:
+    def gram(self, paths: tuple[str, ...], *, watch: Watch | None = None) -> Tensor:
         """Mean of x x^T over the tokens reaching an input group, (columns, columns) float32.
 
         Tokens count as `weigh_tokens` found, and all alike if it was not called.
@@ -120,6 +124,7 @@ class LiveBlock:
         a later group's input depends on once that group's gram was taken: RuntimeError.
 
         paths: one or more linears of one group of `family.linears`, own or shared.
+        watch: is shown all that the gram is taken of.
 
         Raises ValueError if they are not, or the block lacks them.
         """
@@ -133,7 +138,10 @@ class LiveBlock:
         total = GramSum(self._columns(paths[0]), self._adapter.device)
 
         def add(inputs: Tensor) -> None:
-            total.add(inputs, self._importance[self._batch] if self._importance else None)
+            importance = self._importance[self._batch] if self._importance else None
+            total.add(inputs, importance)
+            if watch is not None:
+                watch(self._batch, inputs, importance)
 
         if group == 0:
             self._sweep({**self._attention_to(add), **self._mlp_to(_nowhere)})
@@ -145,14 +153,23 @@ class LiveBlock:
             self._record_mlp(add)
         return total.mean()
 
+    def stream(self, batch: int, *, mlp: bool) -> Tensor:
+        """The residual stream, (B, T, d), that the output of attention or of the MLP is added to.
+
+        For families that norm neither; of the MLP, only while the gram of its last group is taken.
+        """
+        hidden = self._states[batch]
+        if not mlp or self._attention is None:
+            return hidden
+        return hidden + self._multiplier * self._attention.output(batch).view_as(hidden)
+
     def forget(self) -> None:
         """Let all weights of the block be changed once more: what was recorded runs again."""
         self._attention = self._mlp = None
 
     def forward_with_parts(self) -> Iterator[Parts]:
         """Run the block, batch by batch, and say what each of its halves did."""
-        config, family = self._adapter.config, self._family
-        scale = getattr(config, family.multiplier) if family.multiplier else 1
+        family, scale = self._family, self._multiplier
         added: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -266,14 +283,7 @@ class LiveBlock:
         return {last: self._silent_after(_nowhere), first: self._silent_after(sink)}
 
     def _silent_after(self, sink: Sink, *, attention: bool = False) -> StandIn:
-        """A module that gives its input to `sink` and answers with zeros."""
-        width = self._states.width
-
-        def answer(inputs: Tensor) -> Tensor:
-            sink(inputs)
-            return inputs.new_zeros(1).expand(*inputs.shape[:-1], width)
-
-        return StandIn(answer, attention=attention)
+        return silent(sink, self._states.width, attention=attention)
 
     def _check_input(self) -> None:
         if self._left:

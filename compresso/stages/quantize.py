@@ -11,6 +11,7 @@ from torch import Tensor
 from compresso import registry
 from compresso.calibration.data import Calibration
 from compresso.calibration.opening import open_adapter
+from compresso.calibration.originals import Originals
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
@@ -46,10 +47,11 @@ def quantize(
     from `target` and continues after them.
 
     Reports a row per linear: bits, squared error relative to the weight's, and for calibrated
-    methods the relative output error on the calibration tokens and the damping used.
+    methods the relative output error on the calibration tokens and the damping used; where weights
+    were moved before, by how much of their squares, and errors from there.
 
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
-    calibration tokens up to the memory budget.
+    calibration tokens, in the original model too if need be, up to the memory budget.
     """
     settings = step.settings
     if settings.rotate:
@@ -73,13 +75,14 @@ def quantize(
             source,
             batches,
             probe=tokens,
-            budget=runtime.max_memory // (1 + work.tuned),
+            budget=runtime.max_memory // (1 + work.follows),
             spill_dir=target.partial,
         )
 
     batches = calibration.batches if calibration else []
     states = enter(batches, probe)
-    _quantize_blocks(work, step, target, states, enter(batches, None) if work.tuned else None)
+    original = Originals(adapter, enter(batches, None)) if work.follows else None
+    _quantize_blocks(work, step, target, states, original)
     parts = [_committed(target, part) for part in range(adapter.count + 1)]
     report = Report(rows=[row for part in parts for row in part["rows"]])
     report.config = layout.config(source.config, [one for p in parts for one in p["described"]])
@@ -104,11 +107,11 @@ def _elsewhere(job: BitJob, plan: Plan) -> int | None:
 
 
 def _quantize_blocks(
-    work: Work, step: Step, target: CheckpointWriter, states: States, originals: States | None
+    work: Work, step: Step, target: CheckpointWriter, states: States, originals: Originals | None
 ) -> None:
     """Commit the blocks that are not committed yet, and last what is in none.
 
-    originals: what enters the blocks of the original model, for methods that go by it.
+    originals: the original model, for methods that go by it.
     """
 
     def restore(index: int) -> dict[str, Tensor] | None:
@@ -119,15 +122,16 @@ def _quantize_blocks(
     count = work.adapter.count
     blocks = walk_blocks(work.adapter, work.source, states, restore=restore)
     for block in track(blocks, count, f"quantize {step.method}"):
+        if originals is not None:
+            changed = restore(block.index) or {}
+            if (owner := work.adapter.structure.owner(block.index)) != block.index:
+                changed = {**(restore(owner) or {}), **changed}
+            work.follow(block, originals, changed)
         if not block.restored:
             done = work.quantize_block(block, states, originals)
             report = {"rows": done.rows, "described": done.described}
             target.commit(block.index, done.tensors, report)
             del done  # some of its tensors keep a map of the source's shard
-        elif originals is not None:
-            stored = restore(block.index)
-            assert stored is not None
-            work.skip_block(block.index, originals, stored)
     outside = work.quantize_outside(states)
     target.commit(count, outside.tensors, {"rows": outside.rows, "described": outside.described})
 

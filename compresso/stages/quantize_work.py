@@ -14,13 +14,15 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.gram import GramSum
+from compresso.calibration.originals import Originals
 from compresso.calibration.states import States
-from compresso.calibration.tuning import Rule, advance, tune_block
+from compresso.calibration.tuning import Rule, tune_block
 from compresso.calibration.walk import LiveBlock
 from compresso.checkpoint.packings import decoded
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import NumericalError
 from compresso.kernels.gptq import relative_error
+from compresso.kernels.matching import moved
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
@@ -30,6 +32,7 @@ from compresso.stages.quantize_plan import Plan
 
 RETRIES = 3
 STEPS_OF_DAMPING = 10
+MATCH_DAMPING = 0.1  # measured: with less, what calibration tokens gain is lost on others
 # How AutoRound moves from what another method rounded.
 RULE: dict[str, Rule] = {"rtn": "sign", "gptq": "gradient"}
 
@@ -73,6 +76,7 @@ class Work:
         self.plan = plan
         self.layout = layout
         self.tuned = step.method == "autoround"
+        self.match: float = getattr(step.settings, "match", 0.0)
         # AutoRound trains what another method rounded.
         method = registry.method("quantize", self.settings.start if self.tuned else step.method)
         self.calibrated = method.calibrated
@@ -82,23 +86,29 @@ class Work:
         self._options = {name: value for name, value in chosen.items() if name in known}
         self._takes_bits = "bits" in known
 
-    def quantize_block(self, block: LiveBlock, states: States, originals: States | None) -> Done:
+    @property
+    def follows(self) -> bool:
+        """Whether the original model is to be run beside the quantized one."""
+        return self.tuned or self.match > 0
+
+    def quantize_block(self, block: LiveBlock, states: States, originals: Originals | None) -> Done:
         """Quantize the linears of a block, which then runs with the decoded ones.
 
         states:    what enters the block.
-        originals: for AutoRound, what enters the block in the original model; what leaves it,
-                   afterwards.
+        originals: the original model, which has run the block, if `follows`.
         """
         index, prefix = block.index, self.adapter.block_prefix(block.index)
         module = self.adapter.module_prefix(index)
-        if originals is not None:
-            advance(self.adapter, originals, index)
         if (least := getattr(self.settings, "least", None)) is not None:
             block.weigh_tokens(least)
         tensors = self.source.load_weights(self.adapter.block_tensors(index))
         linears: list[_Linear] = []
         for number, paths in enumerate(self.plan.groups[index]):
-            gram = block.gram(paths) if self.calibrated else None
+            gram = missing = None
+            if self.match and originals is not None:
+                gram, missing = originals.gram(block, paths)
+            elif self.calibrated:
+                gram = block.gram(paths)
             for path in paths:  # their place is taken by the decoded ones
                 empty_parameter(block.module, f"{path}.weight")
             found = self._quantize_group(
@@ -107,21 +117,30 @@ class Work:
                 gram,
                 self.plan.bits[index][number],
                 [partial(self.adapter.set_weight, block.module, path) for path in paths],
+                missing,
             )
-            del gram  # not to be there beside the next one
+            del gram, missing  # not to be there beside the next ones
             linears += [
                 _Linear(f"{prefix}{path}", f"{module}{path}", path, count, codes, row)
                 for path, (count, codes, row) in zip(paths, found, strict=True)
             ]
-        if originals is not None:
-            linears = self._tune(block, states, originals, linears)
+        if self.tuned and linears and originals is not None:
+            linears = self._tune(block, states, originals.states, linears)
         return self._stored(tensors, linears, {"block": index})
 
-    def skip_block(self, index: int, originals: States, stored: dict[str, Tensor]) -> None:
-        """Run a block that was restored for the originals; `stored` is its dense form."""
-        self.adapter.load_block(index, self.source)
-        advance(self.adapter, originals, index)
-        self.adapter.load_block(index, self.source, stored)
+    def follow(self, block: LiveBlock, originals: Originals, changed: dict[str, Tensor]) -> None:
+        """Run a block in the original model; afterwards the block is as before.
+
+        changed: the dense tensors that the block does not have from the source.
+        """
+        if changed:
+            self.adapter.load_block(block.index, self.source)
+        if self.match and not block.restored and self.plan.groups[block.index]:
+            originals.record(block.index)
+        else:
+            originals.advance(block.index)
+        if changed:
+            self.adapter.load_block(block.index, self.source, changed)
 
     def restored(self, tensors: dict[str, Tensor], described: list[Described]) -> dict[str, Tensor]:
         """The dense form of the tensors that are stored of a block."""
@@ -149,22 +168,27 @@ class Work:
         gram: Tensor | None,
         bits: int | None,
         put: Sequence[Callable[[Tensor], None]],
+        missing: Tensor | None = None,
     ) -> list[tuple[int, Codes, dict[str, Any]]]:
         """Quantize linears that read the same input as one matrix of stacked rows.
 
-        put: what takes each linear's decoded weight, (out, in). Empties `weights`.
+        put:     what takes each linear's decoded weight, (out, in). Empties `weights`.
+        missing: of `moved`, for weights that are to be moved before.
         """
         start = time.perf_counter()
         sizes = [len(weight) for weight in weights]
         stacked = torch.empty(sum(sizes), weights[0].shape[1], device=self.adapter.device)
         for part in reversed(stacked.split(sizes)):
             part.copy_(weights.pop())
+        moves: Sequence[float | None] = [None] * len(names)
+        if missing is not None and gram is not None:
+            stacked, moves = self._moved(stacked, missing, gram, sizes, names[0])
         codes, damping = self._round(stacked, gram, bits, names)
         seconds = (time.perf_counter() - start) / len(stacked)
         found = []
         pieces: Sequence[Codes] = codes.split(sizes)
-        parts = zip(names, put, stacked.split(sizes), pieces, strict=True)
-        for name, put_decoded, weight, part in parts:
+        parts = zip(names, put, stacked.split(sizes), pieces, moves, strict=True)
+        for name, put_decoded, weight, part, move in parts:
             # What later blocks see is what a reader of the checkpoint gets: the decoded weights
             # in the checkpoint's own type.
             dense = part.decode().to(self.source.dtype)
@@ -172,6 +196,8 @@ class Work:
             row: dict[str, Any] = {"linear": name}
             if bits is not None:
                 row["bits"] = bits
+            if move is not None:
+                row["moved"] = move
             row["weight_error"] = relative_error(weight, dense)
             if gram is not None:
                 row["output_error"] = relative_error(weight, dense, gram)
@@ -179,6 +205,17 @@ class Work:
             row["seconds"] = seconds * len(weight)
             found.append((weight.numel(), part, row))
         return found
+
+    def _moved(
+        self, weight: Tensor, missing: Tensor, gram: Tensor, sizes: list[int], name: str
+    ) -> tuple[Tensor, list[float]]:
+        """Stacked weights that make up for earlier errors, and how far each linear's moved."""
+        try:
+            found = moved(weight, missing, gram, amount=self.match, damping=MATCH_DAMPING)
+        except NumericalError as error:
+            raise NumericalError(f"`{name}`: {error}", hint=error.hint) from error
+        pairs = zip(weight.split(sizes), found.split(sizes), strict=True)
+        return found, [relative_error(*pair) for pair in pairs]
 
     def _round(
         self, weight: Tensor, gram: Tensor | None, bits: int | None, names: list[str]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.config import build
-from compresso.errors import ConfigError
+from compresso.errors import ConfigError, NumericalError
 from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
@@ -24,12 +24,15 @@ METHODS = {
     "gptq": {},
     "gptq rotated": {"rotate": True, "group_size": 32},
     "gptq head": {"rotate": True, "lm_head": True},
+    "gptq matched": {"match": 0.5},
     "rsq": {"least": 0.1},
+    "rsq matched": {"match": 1.0},
     "autoround": {"steps": 4},
     "autoround from rtn": {"steps": 4, "start": "rtn", "symmetric": False},
     "higgs": {"bits": 2},
     "higgs p4": {"bits": 2, "dimension": 4, "block": 16},
     "gptq+higgs": {"bits": 3, "dimension": 1},
+    "gptq+higgs matched": {"bits": 2, "match": 0.5},
     "hqq": {"bits": 3},
     "nf4": {},
     "nf4 double": {"double": True},
@@ -142,6 +145,44 @@ def test_gpt2_is_packed_too(model, tmp_path, name):
         assert torch.equal(expected[tensor], found[tensor]), tensor
 
 
+def squares(written, source):
+    """What the quantized model's logits lose on the calibration tokens, squared."""
+    tokens = torch.from_numpy(np.load(source.parent / "tokens.npy"))
+    with torch.no_grad():
+        found, expected = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+            for path in (written.path, source)
+        )
+    return (found - expected).square().sum().item()
+
+
+def test_matched_weights_lose_less(model, tmp_path):
+    """Only what no change came before is as without: the first group."""
+    plain, matched = (
+        run(model, tmp_path / str(match), "gptq", bits=2, match=match, pack=False)
+        for match in (0.0, 0.5)
+    )
+    assert squares(matched, model) < 0.9 * squares(plain, model)
+    weights_of, others = weights(matched), weights(plain)
+    first = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    for name in others:
+        same = name in first or "_proj" not in name
+        assert torch.equal(weights_of[name], others[name]) == same, name
+    rows = json.loads((matched.path / "compresso.json").read_text())["report"]["rows"]
+    assert all((row["moved"] > 0) == (f"{row['linear']}.weight" not in first) for row in rows)
+    others = json.loads((plain.path / "compresso.json").read_text())["report"]["rows"]
+    assert not any("moved" in row for row in others)
+
+
+def test_a_gram_that_cannot_be_matched_is_named(model, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NumericalError("gram of 64 columns is not positive definite")
+
+    monkeypatch.setattr("compresso.stages.quantize_work.moved", refuse)
+    with pytest.raises(NumericalError, match=r"`model\.layers\.0\.self_attn\.q_proj`: gram of 64"):
+        run(model, tmp_path / "out", "gptq", match=0.5)
+
+
 def test_a_better_allocation_than_all_alike(model, tmp_path):
     """The groups are measured, and the sum of what they lose alone is the least."""
     found = {}
@@ -166,6 +207,8 @@ def test_a_size_counts_everything(model, tmp_path):
         ("rtn", {"size": "1KB"}, "`size`: 1KB cannot be reached"),
         ("rtn", {"target_bits": 4, "bits": 4}, "give only one of `bits`, `target_bits`, `size`"),
         ("rtn", {"target_bits": 4, "size": "1MB"}, "give only one of `target_bits`, `size`"),
+        ("gptq", {"match": 1.5}, "`match`: input should be less than or equal to 1"),
+        ("rtn", {"match": 0.5}, "method `rtn` has no `match`"),
         ("higgs", {"bits": 8}, "8 bits in 2 dimensions are 2**16 points"),
         ("higgs", {"block": 24}, "`block` must be a power of two, not 24"),
         ("nf4", {"group_size": 128}, "64 columns, which do not divide into groups of 128"),

@@ -6,14 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from restructured import STRUCTURES, save, used_linears
+from restructured import STRUCTURES, reference, save, used_linears
 from tiny_checkpoint import save_tiny
 from tiny_models import BLOCKS, build, tokens
 from transformers import AutoModelForCausalLM
-from walking import difference
+from walking import difference, outputs
 
 from compresso import config
+from compresso.calibration.originals import Originals
 from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import family_of
 from compresso.models.structure import MODELING_FILE, Structure, structure_of
 from compresso.provenance import read_record
@@ -114,6 +116,48 @@ def test_without_packing_and_transposed(tmp_path):
         if not torch.equal(written.load([name])[name], source.load([name])[name])
     }
     assert changed == own_linears("gpt2", EVERYTHING)
+
+
+FOLLOWING = {
+    "matched": {"method": "gptq", "match": 0.5},
+    "tuned": {"method": "autoround", "steps": 2},
+}
+
+
+@pytest.mark.parametrize("stopped", [None, 0, 1, 4])
+@pytest.mark.parametrize("method", FOLLOWING)
+def test_the_original_model_is_followed(method, stopped, tmp_path, monkeypatch):
+    """With its own linears, also where they are another block's or were finished earlier."""
+    source = source_of("llama", EVERYTHING, tmp_path)
+    values = {"bits": 3, "group_size": 32, **FOLLOWING[method]}
+    followed, make, commit = [], Originals.__init__, CheckpointWriter.commit
+
+    def made(self, *arguments):
+        make(self, *arguments)
+        followed.append(self)
+
+    def stop(self, part, tensors, report):
+        commit(self, part, tensors, report)
+        if part == stopped:
+            raise RuntimeError("stopped")
+
+    if stopped is not None:
+        monkeypatch.setattr(CheckpointWriter, "commit", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(source, tmp_path / "out", **values)
+        monkeypatch.setattr(CheckpointWriter, "commit", commit)
+    monkeypatch.setattr(Originals, "__init__", made)
+    run(source, tmp_path / "out", **values)
+    data = torch.from_numpy(np.load(tmp_path / "tokens.npy"))
+    expected = outputs(reference("llama", EVERYTHING), f"model.layers.{BLOCKS - 1}", [data])[0]
+    found = torch.cat([followed[0].states[0], followed[0].states[1]])
+    assert difference(found, expected) < 1e-5
+    proof = read_record(tmp_path / "out")["proof"]
+    assert proof["difference"] <= proof["tolerance"]
+    if stopped is not None:
+        run(source, tmp_path / "whole", **values)
+        for part in (tmp_path / "whole").glob("model-*.safetensors"):
+            assert part.read_bytes() == (tmp_path / "out" / part.name).read_bytes()
 
 
 def test_a_result_proved_block_by_block(tmp_path):

@@ -1,0 +1,48 @@
+"""Move weights so that they make up for what was changed before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compresso.errors import NumericalError
+
+
+def moved(
+    weight: Tensor, missing: Tensor, gram: Tensor, *, amount: float, damping: float
+) -> Tensor:
+    """Weights whose output on changed inputs is nearer to what it is wanted to be.
+
+    weight:  W, (rows, columns) float32. Not modified.
+    missing: (rows, columns) float32: the mean of (y - W x) x^T over tokens, where x is the input
+             as it has become, and y the wanted output. Not modified.
+    gram:    G, (columns, columns) float32: the mean of x x^T over the same tokens. Not modified.
+    amount:  of the way to the weights W + missing (G + R)^-1, which make the mean of |y - W x|^2
+             least but for R; 0 stays at W, and so does nothing missing, bit by bit.
+    damping: R is this fraction of the mean of G's diagonal, over columns whose input was not always
+             zero; the others stay as they are.
+
+    Raises NumericalError if G + R is not positive definite.
+
+    Source: the aim is that of GPTAQ, Li et al., arXiv:2504.02692; here it is met before rounding,
+    by ridge regression, for all columns at once.
+    """
+    diagonal = gram.diagonal()
+    live = diagonal != 0
+    mean = torch.where(live.any(), diagonal.sum() / live.sum().clamp(min=1), 1.0)
+    ridge = torch.where(live, damping * mean, mean)
+    for dtype in dict.fromkeys((gram.dtype, torch.float64)):
+        damped = gram.to(dtype, copy=True)
+        damped.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as the gram
+        if not failed:
+            break
+    else:
+        raise NumericalError(
+            f"gram of {len(gram)} columns is not positive definite with {damping:g} of its mean"
+            " added",
+            hint="calibrate with more tokens, or leave out `match`",
+        )
+    step = torch.cholesky_solve(missing.T.to(dtype), factor).T.to(weight.dtype)
+    return torch.add(weight, step, alpha=amount)
