@@ -193,9 +193,12 @@ class VectorSettings(LinearChoice, Target):
         limit(description=f"Bits per weight, scales apart; {DEFAULT_BITS} if not given."),
     ] = None
     dimension: Annotated[
-        Literal[1, 2, 4],
-        limit(description="Weights rounded together, to a grid of at most 256 points."),
-    ] = 2
+        Literal[1, 2, 4] | None,
+        limit(
+            description="Weights rounded together, to a grid of at most 256 points; if not given,"
+            " 4 at 2 bits, 2 at 3 and 4, and 1 at 8."
+        ),
+    ] = None
     block: Annotated[
         int,
         limit(
@@ -209,7 +212,7 @@ class VectorSettings(LinearChoice, Target):
     def _check_grid(self) -> Self:
         if self.block & (self.block - 1):
             raise ValueError(f"`block` must be a power of two, not {self.block}")
-        if self.hits_target:
+        if self.hits_target or self.dimension is None:
             return self
         bits = DEFAULT_BITS if self.bits is None else self.bits
         if bits * self.dimension > POINT_BITS:

@@ -58,9 +58,14 @@ def ways() -> dict[str, list[str]]:
     for target in (2.25, 2.5, 3.0, 3.25, 4.0, 4.25):
         for method in ("higgs", "gptq+higgs"):
             options = f"--method {method} --target-bits {target}"
-            found[f"{method} p2 mixed {target} bits"] = options.split()
+            found[f"{method} mixed {target} bits"] = options.split()
     more = {
-        "gptq+higgs p2 2 bits block 64": "--method gptq+higgs --bits 2 --block 64",
+        "gptq match 2 bits g64": "--method gptq --bits 2 --match 0.5",
+        "gptq match 3 bits g64": "--method gptq --bits 3 --match 0.5",
+        "gptq+higgs match p4 2 bits": "--method gptq+higgs --bits 2 --match 0.5",
+        "gptq+higgs match p2 3 bits": "--method gptq+higgs --bits 3 --match 0.5",
+        "gptq+higgs match mixed 2.25 bits": "--method gptq+higgs --target-bits 2.25 --match 0.5",
+        "gptq+higgs match mixed 3.25 bits": "--method gptq+higgs --target-bits 3.25 --match 0.5",
         "nf4": "--method nf4",
         "nf4 double": "--method nf4 --double",
         "autoround 2 bits g64": "--method autoround --bits 2",

@@ -19,6 +19,8 @@ from compresso.kernels.vector_sweep import Descent, Metric, round_in_turn
 
 CPU_TILE = 2**17  # weights worked on at once: they and scratch copies fit the second-level cache
 GPU_TILE = 2**25
+DIMENSIONS = (4, 2, 1)  # of the grids there are, the largest with at most 2**POINT_BITS points
+POINT_BITS = 8
 FACTORS = (0.9, 0.95, 1.0, 1.05, 1.1)  # of the root mean square, tried as scales
 
 
@@ -62,7 +64,7 @@ def quantize(
     gram: Tensor | None = None,
     *,
     bits: int,
-    dimension: int,
+    dimension: int | None,
     block: int,
     scale_dtype: torch.dtype,
     fit: Literal["rms", "mse"] = "rms",
@@ -72,7 +74,7 @@ def quantize(
     weight:      (rows, columns) float32. Not modified.
     gram:        has no part in this method.
     bits:        per weight; picks the grid of `2 ** (bits * dimension)` points.
-    dimension:   weights rounded together.
+    dimension:   weights rounded together; None for as many as divide the columns and have a grid.
     block:       columns rotated together and sharing a scale; where it does not divide the columns,
                  the largest power of two that does and is smaller.
     scale_dtype: scales are rounded to it before codes are chosen.
@@ -87,6 +89,7 @@ def quantize(
     Source: Malinovskii et al., arXiv:2411.17525, without random signs, as transformers has it.
     """
     grid, block = _choose(weight.shape[1], bits, dimension, block)
+    dimension = grid.dimension
     rows, columns = weight.shape
     codes = torch.empty(rows, columns // dimension, dtype=torch.uint8, device=weight.device)
     scale = weight.new_empty(rows, columns // block)
@@ -105,7 +108,7 @@ def quantize_with_feedback(
     gram: Tensor,
     *,
     bits: int,
-    dimension: int,
+    dimension: int | None,
     block: int,
     damping: float,
     act_order: bool,
@@ -127,6 +130,7 @@ def quantize_with_feedback(
     Raises NumericalError as `factorize` does, and ConfigError as `quantize` does.
     """
     grid, block = _choose(weight.shape[1], bits, dimension, block)
+    dimension = grid.dimension
     rotated_gram = transform_gram(gram, block)
     order = torch.arange(len(gram), device=gram.device).view(-1, dimension)
     if act_order:
@@ -193,8 +197,11 @@ def descend(
     return replace(start, codes=codes, scale=scale)
 
 
-def _choose(columns: int, bits: int, dimension: int, block: int) -> tuple[VectorGrid, int]:
+def _choose(columns: int, bits: int, dimension: int | None, block: int) -> tuple[VectorGrid, int]:
     """The grid and the block for a matrix of so many columns."""
+    if dimension is None:
+        fitting = (d for d in DIMENSIONS if bits * d <= POINT_BITS and columns % d == 0)
+        dimension = next(fitting, 1)
     try:
         grid = vector_grid(dimension, 2 ** (bits * dimension))
     except ValueError as error:

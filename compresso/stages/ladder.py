@@ -42,7 +42,7 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
 
     widths: tuple[int, ...] = WIDTHS
     if hasattr(settings, "dimension"):
-        widths = tuple(bits for bits in WIDTHS if bits * settings.dimension <= POINT_BITS)
+        widths = tuple(bits for bits in WIDTHS if bits * (settings.dimension or 1) <= POINT_BITS)
         nbytes = partial(coded_bytes, block=settings.block, dtype=dtype)
     else:
         nbytes = partial(

@@ -102,7 +102,7 @@ def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:
 def _divisor(settings: LinearChoice) -> int:
     """What the columns of every linear must divide by."""
     size: int = getattr(settings, "group_size", -1)
-    return getattr(settings, "dimension", 1) if size == -1 else size
+    return (getattr(settings, "dimension", None) or 1) if size == -1 else size
 
 
 def _check_columns(adapter: ModelAdapter, index: int, paths: tuple[str, ...], divisor: int) -> None:

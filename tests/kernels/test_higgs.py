@@ -371,3 +371,14 @@ def test_a_gpu_finds_weights_as_good():
         here = relative_error(weight, method(weight, gram, **settings).decode(), gram)
         found = method(weight.cuda(), gram.cuda(), **settings).decode().cpu()
         assert relative_error(weight, found, gram) == pytest.approx(here, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "dimension"), [(2, 64, 4), (2, 66, 2), (3, 64, 2), (8, 64, 1)]
+)
+def test_the_largest_dimension_with_a_grid_is_taken(bits, columns, dimension):
+    weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
+    options = {"bits": bits, "block": 64, "scale_dtype": torch.float32}
+    found = quantize(weight, dimension=None, **options)
+    assert found.grid.dimension == dimension
+    assert torch.equal(found.codes, quantize(weight, dimension=dimension, **options).codes)

@@ -209,7 +209,7 @@ def test_a_size_counts_everything(model, tmp_path):
         ("rtn", {"target_bits": 4, "size": "1MB"}, "give only one of `target_bits`, `size`"),
         ("gptq", {"match": 1.5}, "`match`: input should be less than or equal to 1"),
         ("rtn", {"match": 0.5}, "method `rtn` has no `match`"),
-        ("higgs", {"bits": 8}, "8 bits in 2 dimensions are 2**16 points"),
+        ("higgs", {"bits": 8, "dimension": 2}, "8 bits in 2 dimensions are 2**16 points"),
         ("higgs", {"block": 24}, "`block` must be a power of two, not 24"),
         ("nf4", {"group_size": 128}, "64 columns, which do not divide into groups of 128"),
         ("gptq", {"lm_head": True}, "shares its weights with the embedding"),
