@@ -22,6 +22,7 @@ class Originals:
     what left the linears out of them, with the residual stream that it was added to. So what a
     linear out of a half can make up for is all that the stream has lost by then. Only in families
     that norm what a half adds (gemma2, gemma3, olmo2) it is what the linear's own output has lost.
+    A linear that several blocks use makes up for what is lost in the block that has it.
     """
 
     def __init__(self, adapter: ModelAdapter, states: States) -> None:
@@ -95,7 +96,11 @@ class Originals:
         gram, product = block.gram(paths, watch=watch), missing.mean()
         if group % 2:
             return gram, product.div_(self._multiplier)
-        return gram, torch.cat([self._weight(block, path) @ product for path in paths])
+        sizes = [len(adapter.weight(block.module, path)) for path in paths]
+        stacked = torch.empty(sum(sizes), columns, device=adapter.device)
+        for path, part in zip(paths, stacked.split(sizes), strict=True):
+            torch.mm(self._weight(block, path), product, out=part)
+        return gram, stacked
 
     def _left(self, stream: Tensor, output: Tensor) -> Tensor:
         """What a linear out of a half leaves: its output, in the stream if it goes there as it is.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compresso.errors import NumericalError
+from compresso.kernels.sweep import row_slices
 
 
 def moved(
@@ -32,10 +33,11 @@ def moved(
     mean = torch.where(live.any(), diagonal.sum() / live.sum().clamp(min=1), 1.0)
     ridge = torch.where(live, damping * mean, mean)
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
-        damped = gram.to(dtype, copy=True)
-        damped.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # as large as the gram
+        # Of the transpose, which is the same matrix, LAPACK makes the factor in place.
+        lower = gram.to(dtype, copy=True).t()
+        lower.diagonal().add_(ridge)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             break
     else:
@@ -44,5 +46,9 @@ def moved(
             " added",
             hint="calibrate with more tokens, or leave out `match`",
         )
-    step = torch.cholesky_solve(missing.T.to(dtype), factor).T.to(weight.dtype)
-    return torch.add(weight, step, alpha=amount)
+    found = torch.empty_like(weight)
+    for here in row_slices(weight):
+        step = torch.linalg.solve_triangular(lower, missing[here].t().to(dtype), upper=False)
+        step = torch.linalg.solve_triangular(lower.t(), step, upper=True).t().to(weight.dtype)
+        torch.add(weight[here], step, alpha=amount, out=found[here])
+    return found

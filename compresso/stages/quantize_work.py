@@ -32,7 +32,7 @@ from compresso.stages.quantize_plan import Plan
 
 RETRIES = 3
 STEPS_OF_DAMPING = 10
-MATCH_DAMPING = 0.1  # measured: with less, what calibration tokens gain is lost on others
+MATCH_DAMPING = 0.1  # of `moved`
 # How AutoRound moves from what another method rounded.
 RULE: dict[str, Rule] = {"rtn": "sign", "gptq": "gradient"}
 
