@@ -146,9 +146,11 @@ def load_dense(checkpoint: str) -> Any:
 
     config = json.loads((Path(checkpoint) / "config.json").read_text())
     options: dict[str, Any] = {"dtype": "auto", "device_map": "cpu"}
-    if config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) == 1:  # of several, `dequantize` takes one for all
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    model(torch.zeros(1, 1, dtype=torch.int64))  # decodes what is decoded at the first forward
     for name, module in list(model.named_modules()):
         if hasattr(module, "dequantize_weight"):  # a linear of GPTQModel
             bias = module.bias is not None
