@@ -242,7 +242,7 @@ STAGES = {
         presets={
             "fast": {"method": "rtn"},
             "default": {"method": "gptq"},
-            "best": {"method": "autoround"},
+            "best": {"method": "gptq", "match": 0.5},
         },
     ),
     "eval": Stage(
