@@ -22,13 +22,13 @@ Linears of a family that stores them transposed are stored (out, in) here like a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from compresso.checkpoint.directory import TensorInfo
+from compresso.checkpoint.directory import Load, TensorInfo
 from compresso.errors import CheckpointError
 from compresso.kernels.normal_float import (
     NESTED_BLOCK,
@@ -134,7 +134,7 @@ class BitsAndBytes:
         self,
         config: dict[str, Any],
         infos: Mapping[str, TensorInfo],
-        load: Callable[[Iterable[str]], dict[str, Tensor]],
+        load: Load,
     ) -> None:
         """config: parsed config.json. infos: of all stored tensors. load: reads some of them.
 

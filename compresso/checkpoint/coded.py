@@ -29,13 +29,13 @@ affine code stands for (code - zero) * scale. Both are computed in float32 and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compresso.checkpoint.directory import TensorInfo
+from compresso.checkpoint.directory import Load, TensorInfo
 from compresso.checkpoint.layout import SCALES, module_of
 from compresso.errors import CheckpointError
 from compresso.kernels.grid import Packed
@@ -131,7 +131,7 @@ class Coded:
         self,
         config: dict[str, Any],
         infos: Mapping[str, TensorInfo],
-        load: Callable[[Iterable[str]], dict[str, Tensor]],
+        load: Load,
     ) -> None:
         """config: a parsed config.json. infos: every stored tensor. load: reads some of them.
 

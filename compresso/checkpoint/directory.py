@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from compresso.errors import CheckpointError
 
@@ -72,6 +73,10 @@ class TensorInfo:
     dtype: torch.dtype
     nbytes: int
     shard: str
+
+
+Load = Callable[[Iterable[str]], dict[str, Tensor]]
+"""Reads the named tensors of a checkpoint as they are stored."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

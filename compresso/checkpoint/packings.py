@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from compresso.checkpoint.coded import Coded, coding_of
-from compresso.checkpoint.directory import TensorInfo
+from compresso.checkpoint.directory import Load, TensorInfo
 from compresso.checkpoint.layout import CODES, packed_names, schemes, unpack
 
 BITSANDBYTES = "bitsandbytes"
-
-Load = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
 class Packing(Protocol):
@@ -106,7 +104,7 @@ class CompressedTensors:
         self,
         config: dict[str, Any],
         infos: Mapping[str, TensorInfo],
-        load: Callable[[Iterable[str]], dict[str, Tensor]],
+        load: Load,
     ) -> None:
         """config: a parsed config.json. infos: every stored tensor. load: reads some of them.
 

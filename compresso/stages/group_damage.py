@@ -7,21 +7,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from compresso import registry
 from compresso.calibration.data import Calibration, first_tokens
 from compresso.calibration.levels import Levels, places, weight_names
 from compresso.calibration.sensitivity import Sensitivity, damage_ledger, noise_ledger
 from compresso.checkpoint.layout import METHOD
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
-from compresso.quantize_settings import GptqSettings, RtnSettings
 from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.settings import AnalyzeSettings
 from compresso.stages.advice import advise_bits
 from compresso.stages.ladder import group_bytes, make_ladder
 from compresso.stages.quantize_plan import make_plan
-
-QUANTIZERS = {"gptq": GptqSettings, "rtn": RtnSettings}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def add_sensitivity(report: Report, of: Measured, settings: AnalyzeSettings) -> 
 
     Raises ConfigError as `make_plan` does.
     """
-    method = QUANTIZERS[settings.quantizer](
+    method = registry.method("quantize", settings.quantizer).settings(
         group_size=settings.group_size, pack=not of.adapter.family.transposed
     )
     groups = make_plan(of.adapter, method, packed_as=METHOD).groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.hadamard import block_size
 from compresso.models.adapter import ModelAdapter
 from compresso.quantize_settings import POINT_BITS
+from compresso.stages.quantize_plan import options_of
 
 WIDTHS = (2, 3, 4, 8)
 WORD = 4  # bytes of the words that codes are packed into
@@ -31,9 +31,8 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
     """
     entry = registry.method("quantize", method)
     code = registry.load(entry.code)
-    known = inspect.signature(code).parameters
     fields = asdict(settings)
-    chosen = {k: v for k, v in fields.items() if k in known and k != "bits"}
+    chosen = options_of(code, {k: v for k, v in fields.items() if k != "bits"})
     rotated = fields["seed"] if fields.get("rotate") else None
 
     def quantize(weight: Tensor, gram: Tensor | None, bits: int) -> Decodable:

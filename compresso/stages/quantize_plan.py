@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
@@ -86,6 +88,12 @@ def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) 
     if bits is None and hasattr(settings, "bits"):
         bits = DEFAULT_BITS
     return Plan(groups, [[bits] * len(own) for own in groups], kept, settings.lm_head, bits)
+
+
+def options_of(quantizer: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that a quantizer takes, by the names of its parameters."""
+    known = inspect.signature(quantizer).parameters
+    return {name: value for name, value in values.items() if name in known}
 
 
 def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:

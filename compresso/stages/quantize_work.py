@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
 from compresso.runtime import warn
 from compresso.stages.quantize_layouts import Codes, Described, Layout
-from compresso.stages.quantize_plan import Plan
+from compresso.stages.quantize_plan import Plan, options_of
 
 RETRIES = 3
 STEPS_OF_DAMPING = 10
@@ -81,10 +80,9 @@ class Work:
         method = registry.method("quantize", self.settings.start if self.tuned else step.method)
         self.calibrated = method.calibrated
         self._quantizer: Callable[..., Codes] = registry.load(method.code)
-        known = inspect.signature(self._quantizer).parameters
         chosen = asdict(method.settings()) | asdict(self.settings)
-        self._options = {name: value for name, value in chosen.items() if name in known}
-        self._takes_bits = "bits" in known
+        self._options = options_of(self._quantizer, chosen)
+        self._takes_bits = "bits" in self._options
 
     @property
     def follows(self) -> bool:
