@@ -35,6 +35,12 @@ HELP = {
     "quantize": """Store the linear weights of MODEL's blocks in few bits.
 
     Writes a checkpoint of packed weights, that loads in plain transformers.""",
+    "compensate": """Correct MODEL's linears by matrices of low rank, to come near its original.
+
+    Writes MODEL with an adapter beside its weights, or with the corrections merged.""",
+    "heal": """Train MODEL briefly, to give back what compression took.
+
+    Writes a checkpoint of the same form, or MODEL with an adapter beside its weights.""",
     "eval": """Measure MODEL against its original: perplexity, distance, speed and size.
 
     Writes a report directory. With `--assert`, fails if a limit is not kept.""",

@@ -244,7 +244,7 @@ def _check_step_keys(stage: str, method: str, values: dict[str, Any], where: str
 def _check_order(steps: list[Step], where: str) -> None:
     """Raises ConfigError if the last step cannot read what those before it leave."""
     leaves = [registry.stage(step.stage).leaves or "" for step in steps[:-1]]
-    weights = next((kind for kind in reversed(leaves) if kind), "dense")
+    weights = next((kind for kind in reversed(leaves) if kind not in ("", "same")), "dense")
     step = steps[-1]
     takes = registry.stage(step.stage).takes
     if takes not in ("any", weights):
