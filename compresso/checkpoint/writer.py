@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
+from compresso.checkpoint import kept
 from compresso.checkpoint.directory import CONFIG, INDEX, RECORD, open_shard, read_shard
 from compresso.checkpoint.shard_file import flush_directory, write_safetensors
 from compresso.errors import CheckpointError, ResourceError
@@ -29,7 +30,7 @@ REPORTS = "report-{}.json"
 BESIDE = "beside-{}.safetensors"
 STATE = "state.json"
 # What stays until the checkpoint is published, besides parts.
-KEPT = (REPORTS.format("*"), BESIDE.format("*"), STATE)
+KEPT = (REPORTS.format("*"), BESIDE.format("*"), STATE, kept.KEPT.format("*"))
 START_OVER = "pass `--fresh` to start over"
 
 
