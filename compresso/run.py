@@ -22,8 +22,8 @@ from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
 from compresso.models.structure import MODELING_FILES, needs_code
-from compresso.preflight import check_room, check_source
-from compresso.provenance import RECORD, make_record, read_record, step_key
+from compresso.preflight import check_room, check_source, original_key
+from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, log, warn
@@ -104,6 +104,7 @@ def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Ru
         source=source.key,
         data=data.key if data else None,
         dtype=runtime.compute_dtype(source.dtype),
+        original=original_key(step, lineage(source)[0].key),
     )
 
 
