@@ -11,8 +11,8 @@ from compresso import registry
 from compresso.calibration.data import Calibration
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import ResourceError
-from compresso.preflight import check_source
-from compresso.provenance import history, read_record, step_key
+from compresso.preflight import check_source, original_key
+from compresso.provenance import history, lineage, read_record, step_key
 from compresso.recipe import Recipe, Step, dump_recipe
 from compresso.report import Report
 from compresso.run import Outcome, find_finished, key_of, load_data, run_new, settle
@@ -112,13 +112,14 @@ def _find_whole_run(
     """
     last = next((place.path for place in reversed(places) if place.writes), None)
     past = {record["key"]: record for record in history(read_record(last))} if last else {}
-    outcomes, source = [], original.key
+    outcomes, source, first = [], original.key, lineage(original)[0].key
     for place, batches in zip(places, data, strict=True):
         key = step_key(
             place.step,
             source=source,
             data=batches.key if batches else None,
             dtype=runtime.compute_dtype(original.dtype),
+            original=original_key(place.step, first),
         )
         record = read_record(place.path) or (past.get(key) if place.writes else None) or {}
         if record.get("key") != key:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compresso import registry
 from compresso.checkpoint.packings import method_of
-from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import ConfigError, ResourceError
 from compresso.families import family_of
 from compresso.provenance import lineage
@@ -48,6 +48,18 @@ def check_room(step: Step, source: Checkpoint, target: Path) -> None:
         )
     check_disk(target, smallest_output(step, source))
     check_memory(source)
+
+
+def original_key(step: Step, recorded: str) -> str | None:
+    """The key of the original that a step goes by; None if it does not go by any.
+
+    recorded: the key of the one that the source was made from. Raises CheckpointError if the user
+              named one that is not there.
+    """
+    if not hasattr(step.settings, "original"):
+        return None
+    given: str | None = step.settings.original
+    return recorded if given is None else open_checkpoint(given).key
 
 
 def check_kind(step: Step, source: Checkpoint) -> None:

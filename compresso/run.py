@@ -23,8 +23,8 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
-from compresso.preflight import check_room, check_source
-from compresso.provenance import RECORD, make_record, read_record, step_key
+from compresso.preflight import check_room, check_source, original_key
+from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, log, warn
@@ -103,6 +103,7 @@ def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Ru
         source=source.key,
         data=data.key if data else None,
         dtype=runtime.compute_dtype(source.dtype),
+        original=original_key(step, lineage(source)[0].key),
     )
 
 

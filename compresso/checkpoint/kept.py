@@ -14,18 +14,14 @@ from compresso.checkpoint.directory import open_shard
 from compresso.checkpoint.shard_file import flush_directory, write_safetensors
 from compresso.errors import ResourceError
 
-KEPT = "kept-{}.safetensors"
 VALUES = "values"
 
 
 class KeptState:
-    """Tensors and plain values by name, each file whole or not there.
-
-    A `CheckpointWriter` leaves the files alone until it publishes.
-    """
+    """Tensors and plain values by name: files of a directory, each whole or not there."""
 
     def __init__(self, directory: Path, *, writes: bool = True) -> None:
-        """directory: of the unfinished checkpoint. writes: False for a process that only reads."""
+        """directory: made if need be. writes: False for a process that only reads."""
         self._directory = directory
         self._writes = writes
 
@@ -38,9 +34,10 @@ class KeptState:
         """
         if not self._writes:
             return
-        path = self._directory / KEPT.format(name)
+        path = self._directory / f"{name}.safetensors"
         temporary = path.with_name(f"{path.name}.tmp")
         try:
+            self._directory.mkdir(exist_ok=True)
             with temporary.open("wb") as file:
                 write_safetensors(file, dict(tensors), {VALUES: json.dumps(values)})
                 file.flush()
@@ -59,7 +56,7 @@ class KeptState:
 
         Raises CheckpointError if it is damaged.
         """
-        path = self._directory / KEPT.format(name)
+        path = self._directory / f"{name}.safetensors"
         if not path.exists():
             return None
         with open_shard(path, hint="pass `--fresh` to start over") as shard:
