@@ -47,12 +47,19 @@ class HealSettings:
         ),
     ] = "none"
     distill_weight: Annotated[
-        float | None,
-        limit(ge=0, description="What that counts; the next token counts 1, or 0 for `logits`."),
-    ] = None
+        float, limit(gt=0, le=1, description="What that counts; the next token counts the rest.")
+    ] = 0.5
     temperature: Annotated[
         float, limit(gt=0, description="What scores are divided by for `distill`.")
     ] = 1.0
+    top: Annotated[
+        int | None,
+        limit(ge=1, description="Most likely tokens to keep scores of for `distill`; else all."),
+    ] = None
+    teacher: Annotated[
+        Literal["auto", "disk", "resident"],
+        limit(description="Where the original is: asked once and written to disk, or in memory."),
+    ] = "auto"
     original: Annotated[
         str | None,
         limit(description="The model to learn from; else the recorded ancestor."),

@@ -41,7 +41,8 @@ def trained(adapter: ModelAdapter, source: Checkpoint, step: Step) -> Trained:
     """
     settings: Any = step.settings
     if step.method in ("lora", "qlora"):
-        return Trained(linears=_linears(adapter, settings.linears))
+        held = source.adapter.paths if source.adapter is not None else []
+        return Trained(linears=list(dict.fromkeys(_linears(adapter, settings.linears) + held)))
     if source.adapter is not None:
         raise ConfigError(
             f"`{step.method}` would lose the adapter beside the weights of `{source.path}`",

@@ -80,10 +80,7 @@ def needed(
         activations = kept + itemsize * width * tokens * adapter.count
     logits = 4 * tokens * int(adapter.config.get_text_config().vocab_size)
     return (
-        weights
-        + TRAINED_BYTES * moving
-        + activations
-        + LOGITS_COPIES * min(logits, LOGITS_BYTES)
+        weights + TRAINED_BYTES * moving + activations + LOGITS_COPIES * min(logits, LOGITS_BYTES)
     )
 
 

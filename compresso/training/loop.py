@@ -15,7 +15,9 @@ from compresso.runtime import log, track
 from compresso.training.model import TrainingModel
 from compresso.training.optimizer import Optimizer
 from compresso.training.options import NEXT_TOKEN, History, Objective, Store, TrainOptions
-from compresso.training.order import batches_of, rows_of_step
+from compresso.training.order import rows_of_step
+from compresso.training.processes import ALONE, Processes, like, whole
+from compresso.training.share import Share
 
 __all__ = ["History", "Objective", "Store", "TrainOptions", "train"]
 
@@ -35,6 +37,7 @@ def train(
     *,
     store: Store | None = None,
     choose: Choose | None = None,
+    processes: Processes = ALONE,
     title: str = "train",
 ) -> History:
     """Train, and leave the model in the state in which its held-out loss was least.
@@ -45,12 +48,15 @@ def train(
                 to the bit.
     choose:     which of the parameters, by number, a step moves, from 0; all of them if None. Those
                 that the step before did not move begin without what the optimizer remembers.
+    processes:  that train together, all of which call this with the same arguments. The loss is the
+                same to rounding, however many they are.
     title:      what progress is shown under.
 
     Raises NumericalError if the loss or a gradient is not finite. The best state is kept then; the
     next run with the same store ends with it, if it is not the one at the start.
     """
-    training = _Training(model, parameters, objective, data, heldout, options)
+    share = Share(model, parameters, objective, options, processes)
+    training = _Training(share, data, heldout, options)
     training.choose = choose
     with torch.random.fork_rng(), torch.enable_grad():
         return training.run(store, title)
@@ -59,22 +65,12 @@ def train(
 class _Training:
     """One training run."""
 
-    def __init__(
-        self,
-        model: TrainingModel,
-        parameters: Sequence[nn.Parameter],
-        objective: Objective,
-        data: Tensor,
-        heldout: Tensor,
-        options: TrainOptions,
-    ) -> None:
-        self._model = model
-        self._parameters = list(parameters)
-        self._objective = objective
+    def __init__(self, share: Share, data: Tensor, heldout: Tensor, options: TrainOptions) -> None:
+        self._share = share
         self._sequences = torch.cat((data, heldout))
         self._available = len(data)
         self._options = options
-        self._optimizer = Optimizer(self._parameters, options)
+        self._optimizer = Optimizer(share.parameters, options)
         self._history = History()
         self._best = self._copy()
         self._stale = 0  # measurements since the best one
@@ -96,7 +92,7 @@ class _Training:
             if last or (step + 1) % self._options.evaluate_every == 0:
                 self._evaluate(step + 1, title)
             stop = history.ended != "all steps"
-            late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+            late = self._share.processes.agree(time.monotonic() - saved > SECONDS_BETWEEN_SAVES)
             if store is not None and (last or stop or late):
                 store.keep(STATE, *self._state())
                 saved = time.monotonic()
@@ -113,48 +109,41 @@ class _Training:
 
     def _step(self, step: int) -> None:
         """Move the parameters once, unless a number is not finite."""
-        options, started = self._options, time.perf_counter()
+        options, history, started = self._options, self._history, time.perf_counter()
         moved = self._choose(step)
         rows = rows_of_step(
             step, sequences=options.sequences, available=self._available, seed=options.seed
         )
-        self._model.training(True)
-        found = self._measure(rows, step, backward=True)
-        self._model.training(False)
+        self._share.model.training(True)
+        found = self._share.measure(self._sequences, rows, step, backward=True)
+        self._share.model.training(False)
+        self._share.add_gradients(moved)
         gradient = self._optimizer.clip(moved)
         if isfinite(found["loss"]) and isfinite(gradient):
             self._optimizer.move(moved, options.rate_at(step))
         else:
-            self._history.ended = "diverged"
-        self._history.seconds += time.perf_counter() - started
-        self._history.tokens += options.sequences * self._sequences.shape[1]
-        self._history.rows.append(
-            {
-                "step": step + 1,
-                "tokens": self._history.tokens,
-                **found,
-                "rate": options.rate_at(step),
-                "gradient": gradient,
-            }
-        )
+            history.ended = "diverged"
+        history.seconds += time.perf_counter() - started
+        history.tokens += options.sequences * self._sequences.shape[1]
+        row = {"step": step + 1, "tokens": history.tokens, **found}
+        history.rows.append(row | {"rate": options.rate_at(step), "gradient": gradient})
 
     def _choose(self, step: int) -> list[int]:
-        """The parameters that a step moves; only they get gradients."""
-        everything = list(range(len(self._parameters)))
+        """The parameters that a step moves; the optimizer forgets about the others."""
+        everything = list(range(len(self._share.parameters)))
         if self.choose is None:
             return everything
         moved = list(self.choose(step))
-        before = set(self.choose(step - 1)) if step else set()
-        self._optimizer.forget([number for number in moved if number not in before])
-        for number in everything:
-            self._parameters[number].requires_grad_(number in moved)
+        resting = sorted({*everything} - {*moved})
+        self._optimizer.forget(resting)
+        self._share.only(moved)
         return moved
 
     def _evaluate(self, step: int, title: str) -> None:
         """Measure the held-out loss, and keep the state if it is the best."""
         rows = list(range(self._available, len(self._sequences)))
         with torch.no_grad():
-            found = self._measure(rows, step, backward=False)
+            found = self._share.measure(self._sequences, rows, step, backward=False)
         history = self._history
         measured = {f"heldout_{name}": value for name, value in found.items()}
         if NEXT_TOKEN in found:
@@ -174,44 +163,27 @@ class _Training:
                 history.ended = "no further gain"
         log(_line(title, step, measured, history))
 
-    def _measure(self, rows: list[int], step: int, *, backward: bool) -> dict[str, float]:
-        """The objective's mean over some sequences; backward: add its gradients up, too."""
-        totals: dict[str, Tensor] = {}
-        for number, (own, weight) in enumerate(batches_of(rows, self._options.micro)):
-            torch.manual_seed(hash((self._options.seed, step, number, backward)))
-            tokens = self._sequences[own].to(self._model.adapter.device)
-            parts = self._objective(self._model, tokens, torch.tensor(own))
-            if backward:
-                (parts["loss"] * weight).backward()
-            for name, value in parts.items():
-                part = value.detach().double() * weight
-                totals[name] = totals[name] + part if name in totals else part
-        return {name: float(value) for name, value in totals.items()}
-
     def _copy(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._parameters]
+        return [parameter.detach().clone() for parameter in self._share.parameters]
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
+        for parameter, value in zip(self._share.parameters, values, strict=True):
             parameter.copy_(value)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that changes from step to step."""
+        """All that changes from step to step. All processes have to ask, if it is split."""
         tensors, moves = self._optimizer.state()
         for kind, values in (("value", self._copy()), ("best", self._best)):
-            tensors |= {f"{kind}.{number}": value for number, value in enumerate(values)}
-        history = self._history
-        return tensors, {
-            "moves": moves,
-            "stale": self._stale,
-            "history": {name: getattr(history, name) for name in vars(history)},
-        }
+            tensors |= {f"{kind}.{number}": whole(value) for number, value in enumerate(values)}
+        history = {name: getattr(self._history, name) for name in vars(self._history)}
+        return tensors, {"moves": moves, "stale": self._stale, "history": history}
 
     def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        count = range(len(self._parameters))
-        self._put([tensors[f"value.{number}"] for number in count])
-        self._best = [tensors[f"best.{number}"] for number in count]
+        for number, parameter in enumerate(self._share.parameters):
+            with torch.no_grad():
+                parameter.copy_(like(parameter, tensors[f"value.{number}"]))
+            self._best[number] = like(parameter, tensors[f"best.{number}"])
         self._optimizer.restore(tensors, values["moves"])
         self._stale = values["stale"]
         for name, value in values["history"].items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.kernels.lowrank import LowRank
+from compresso.training.processes import whole
 
 
 class LowRankPath(nn.Module):
@@ -52,8 +53,12 @@ class LowRankPath(nn.Module):
         return nn.functional.linear(narrow, self.up.to(inputs.dtype))
 
     def low_rank(self) -> LowRank:
-        """The correction, scale included; a copy."""
-        return LowRank(self.up.detach() * self.scale, self.down.detach().clone())
+        """The correction, scale included, on the CPU; a copy.
+
+        If it is split among processes, all of them have to ask.
+        """
+        up, down = whole(self.up.detach()), whole(self.down.detach())
+        return LowRank((up * self.scale).cpu(), down.cpu().clone())
 
 
 def nothing_yet(rows: int, columns: int, rank: int, generator: torch.Generator) -> LowRank:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.lowrank import LowRank
@@ -17,6 +18,7 @@ from compresso.models.coded_linear import out_and_in
 from compresso.models.substitution import Answer, empty_parameter, put_parameter, replaced
 from compresso.training.low_rank_path import LowRankPath, nothing_yet
 from compresso.training.packed_product import PackedWeight, product
+from compresso.training.processes import whole
 
 LOW_RANK = "low_rank"  # a linear's submodule
 
@@ -42,7 +44,7 @@ class TrainingModel:
         for name, stored in adapter.stored.items():
             self._names.setdefault(stored, []).append(name)
         self._paths: dict[str, LowRankPath] = {}
-        self._trained: dict[str, nn.Parameter] = {}
+        self._trained: list[str] = []  # names in the checkpoint
         self._changed: list[nn.Module] = []  # that have a forward of their own
 
     def __enter__(self) -> Self:
@@ -65,7 +67,7 @@ class TrainingModel:
             delattr(self._linear(path), LOW_RANK)
         for stored in self._trained:
             self._unround(stored)
-        self._paths, self._trained, self._changed = {}, {}, []
+        self._paths, self._trained, self._changed = {}, [], []
         for name in self.adapter.stored:
             empty_parameter(self.module, name)
 
@@ -129,16 +131,37 @@ class TrainingModel:
             for own in self._names[name]:
                 put_parameter(self.module, own, parameter)
                 self._round(own)
-            self._trained[name] = parameter
+            self._trained.append(name)
             found.append(parameter)
         return found
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What `train_tensors` made trainable, by name in the checkpoint, in the types stored."""
+        """What `train_tensors` made trainable, by name in the checkpoint, in the types stored.
+
+        On the CPU. If it is split among processes, all of them have to ask.
+        """
         return {
-            name: parameter.detach().to(self.source.weight_info(name).dtype)
-            for name, parameter in self._trained.items()
+            stored: whole(self._parameter(self._names[stored][0]).detach())
+            .to(self.source.weight_info(stored).dtype)
+            .cpu()
+            for stored in self._trained
         }
+
+    def trained_parameters(self) -> int:
+        """Weights that are trained."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    def run_blocks(self, *, again: bool, compiled: bool) -> None:
+        """How blocks are run from here on.
+
+        again: only what enters a block is kept, and it is run again on the way back.
+        """
+        for block in self.adapter.blocks:
+            forward = torch.compile(block.forward) if compiled else block.forward
+            if again:
+                forward = partial(checkpoint, forward, use_reentrant=False)
+            if again or compiled:
+                self._answer(block, forward)
 
     def training(self, now: bool) -> None:
         """Whether corrections leave out inputs at random."""
@@ -189,6 +212,13 @@ class TrainingModel:
             module, own = self._holder(name)
             rounded = _Rounded(self.adapter.dtype)
             parametrize.register_parametrization(module, own, rounded, unsafe=True)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        """What is trained under that name in the model, not what it is rounded to."""
+        module, own = self._holder(name)
+        if parametrize.is_parametrized(module, own):
+            return module.parametrizations[own].original  # type: ignore[index, union-attr, return-value]
+        return module.get_parameter(own)
 
     def _unround(self, stored: str) -> None:
         for name in self._names[stored]:

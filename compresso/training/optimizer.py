@@ -7,8 +7,10 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compresso.training.options import TrainOptions
+from compresso.training.processes import like, whole
 
 BETAS = (0.9, 0.999)
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}  # names in a kept state, and in PyTorch
@@ -26,15 +28,18 @@ class Optimizer:
             for group, decay in zip(decays, (options.weight_decay, 0.0), strict=True)
             if group
         ]
-        self._adam = torch.optim.AdamW(groups, lr=options.rate, betas=BETAS, fused=True)
+        split = any(isinstance(parameter, DTensor) for parameter in parameters)
+        self._adam = torch.optim.AdamW(groups, lr=options.rate, betas=BETAS, fused=not split)
 
     def clip(self, moved: Iterable[int]) -> float:
         """Shorten the gradient of these parameters if it is too long; its length before."""
         chosen = [self._parameters[number] for number in moved]
-        return float(nn.utils.clip_grad_norm_(chosen, self._clip))
+        return float(whole(nn.utils.clip_grad_norm_(chosen, self._clip)))
 
     def move(self, moved: Iterable[int], rate: float) -> None:
-        """Move the parameters that have gradients; drop all gradients."""
+        """Move these parameters, and drop all gradients."""
+        for number in {*range(len(self._parameters))} - {*moved}:
+            self._parameters[number].grad = None
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
@@ -54,7 +59,7 @@ class Optimizer:
             moves.append(float(held["step"]) if held else 0.0)
             for name, own in MOMENTS.items():
                 if held:
-                    tensors[f"{name}.{number}"] = held[own]
+                    tensors[f"{name}.{number}"] = whole(held[own])
         return tensors, moves
 
     def restore(self, tensors: dict[str, Tensor], moves: Sequence[float]) -> None:
@@ -64,7 +69,7 @@ class Optimizer:
                 self._adam.state[parameter] = {
                     "step": torch.tensor(moves[number], device=parameter.device),
                     **{
-                        own: tensors[f"{name}.{number}"].to(parameter.device, copy=True)
+                        own: like(parameter, tensors[f"{name}.{number}"])
                         for name, own in MOMENTS.items()
                     },
                 }

@@ -24,9 +24,3 @@ def rows_of_step(step: int, *, sequences: int, available: int, seed: int) -> lis
             held = epoch
         rows.append(order[within])
     return rows
-
-
-def batches_of(rows: list[int], micro: int) -> list[tuple[list[int], float]]:
-    """The sequences in runs of at most `micro`, each with its share of all of them."""
-    runs = [rows[start : start + micro] for start in range(0, len(rows), micro)]
-    return [(run, len(run) / len(rows)) for run in runs]
