@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.calibration.generated import SELF, Author, generated
 from compresso.calibration.text import documents
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError
@@ -41,15 +42,26 @@ class Calibration:
 
 
 def load_calibration(
-    settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
+    settings: CalibrationSettings,
+    source: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Random crops of the dataset's training text, as GPTQ draws them; seeded.
+
+    author: who writes the text, if the dataset is `self`.
 
     Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
     cannot be right for this model.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        sequences, written = generated(author, settings, length=length, held_out=False)
+        available = None
+    elif dataset.endswith(".npy"):
         sequences, available = _read_tokens(Path(dataset), settings.length), None
         if len(sequences) < settings.samples:
             raise CheckpointError(
@@ -70,6 +82,7 @@ def load_calibration(
         "split": "calibration",
         "seed": settings.seed,
         "sequences_asked": settings.samples,
+        **written,
     }
     return _batched(sequences, settings.batch_size, record, available, source)
 
@@ -80,18 +93,25 @@ def load_heldout(
     *,
     whole: bool = False,
     trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Windows of the dataset's held-out text, end to end and in order, without the tail.
 
     With fewer `samples` than windows, evenly spaced ones. `samples` may be larger than what the
     text holds; the record says how many were used.
 
-    whole: take all windows, whatever `samples` says.
+    whole:  take all windows, whatever `samples` says.
+    author: who writes the text, if the dataset is `self`; as many windows as `samples` says.
 
     Raises as `load_calibration` does.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        windows, written = generated(author, settings, length=length, held_out=True)
+        available = None
+    elif dataset.endswith(".npy"):
         windows, available = _read_tokens(Path(dataset), settings.length), None
     else:
         stream = _token_stream(dataset, source, held_out=True, trust=trust_remote_code)
@@ -100,7 +120,7 @@ def load_heldout(
         windows = stream[: available // length * length].reshape(-1, length)
     used = len(windows) if whole else min(settings.samples, len(windows))
     spaced = torch.arange(used) * len(windows) // used
-    record: dict[str, Any] = {"dataset": dataset, "split": "held out"}
+    record: dict[str, Any] = {"dataset": dataset, "split": "held out", **written}
     if not whole:
         record["sequences_asked"] = settings.samples
     return _batched(windows[spaced], settings.batch_size, record, available, source)
