@@ -75,6 +75,7 @@ class Stage:
     takes:  the kind of weights it reads. leaves: the kind it writes (`same`: what it read),
             or None if it writes none.
     methods: the first is the default.
+    copies:  whether it copies stored tensors, so that an adapter beside them would be lost.
     presets: name -> method and settings.
     """
 
@@ -83,6 +84,7 @@ class Stage:
     leaves: Literal["dense", "quantized", "same"] | None
     methods: dict[str, Method]
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    copies: bool = False
 
 
 STAGES = {
@@ -103,6 +105,7 @@ STAGES = {
         "compresso.stages.prune:prune",
         takes="dense",
         leaves="dense",
+        copies=True,
         methods={
             "shortgpt": Method(
                 ShortGptSettings,
@@ -176,6 +179,7 @@ STAGES = {
         "compresso.stages.fold:fold",
         takes="dense",
         leaves="dense",
+        copies=True,
         methods={
             "foldgpt": Method(
                 FoldGptSettings,

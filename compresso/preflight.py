@@ -36,6 +36,7 @@ def check_source(step: Step, source: Checkpoint) -> None:
     """
     family_of(source.config["model_type"])
     check_kind(step, source)
+    check_adapter(step, source)
     check_packages(step, source)
 
 
@@ -75,6 +76,15 @@ def check_kind(step: Step, source: Checkpoint) -> None:
         f"`{step.stage}` needs dense weights, but those of `{source.path}` are quantized",
         hint=hint,
     )
+
+
+def check_adapter(step: Step, source: Checkpoint) -> None:
+    """Raises ConfigError if the stage would lose the adapter that the source has."""
+    if registry.stage(step.stage).copies and source.adapter is not None:
+        raise ConfigError(
+            f"`{step.stage}` would lose the adapter beside the weights of `{source.path}`",
+            hint="pass a checkpoint whose corrections are in the weights (`merge`), or one without",
+        )
 
 
 def check_packages(step: Step, source: Checkpoint) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from compresso import registry
+from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration, load_calibration, load_heldout
 from compresso.calibration.replay import replay
+from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.packings import BITSANDBYTES, method_of
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
-from compresso.models.structure import MODELING_FILES, needs_code
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
@@ -29,8 +30,6 @@ from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, log, warn
 from compresso.settings import CalibrationSettings
 from compresso.workspace import check_output
-
-ROWS = "compresso-report.csv"
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,16 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         report = work.run(writer)
         if report.config is None or report.fingerprint is None:
             raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
-        side_files = _side_files(work.source, report.config)
-        writer.finalize(config=report.config, side_files=side_files, expected=report.expected)
+        files = side_files(work.source, report.config)
+        writer.finalize(config=report.config, side_files=files, expected=report.expected)
+        found: dict[str, Any] = {}
+        if report.adapter:
+            written = Checkpoint(writer.partial)
+            found[ADAPTER] = put_adapter(written, report.adapter, writer.target, work.runtime)
         proof = _prove(work, writer.partial, report)
-        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        found |= {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | proved)
+        writer.write_record(work.record(report) | found)
         writer.publish()
     except GateError as error:
         raise GateError(
@@ -205,20 +208,6 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             hint="run the same command again to go on from there",
         ) from None
     return report
-
-
-def _side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
-    """Name -> file, of all that goes beside a checkpoint with that config.json.
-
-    The code of restructured models is always this version's: an older one is not carried.
-    """
-    carried = source.side_files()
-    own = {file.name: file for file in MODELING_FILES}
-    for name in (ROWS, *own):
-        carried.pop(name, None)
-    if needs_code(config):
-        carried |= own
-    return carried
 
 
 def _prove(work: _Work, path: Path, report: Report) -> ProofReport:

@@ -1,14 +1,25 @@
-"""The bytes of a safetensors file."""
+"""Write a safetensors file, so that it stays written."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from compresso.checkpoint.directory import DTYPES
+
+
+def flush_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
