@@ -14,7 +14,7 @@ from typing import Any
 
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
-from compresso.calibration.data import Calibration, load_calibration, load_heldout
+from compresso.calibration.data import Calibration
 from compresso.calibration.replay import replay
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.packings import BITSANDBYTES, method_of
@@ -29,6 +29,7 @@ from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, log, warn
 from compresso.settings import CalibrationSettings
+from compresso.step_data import load_data
 from compresso.workspace import check_output
 
 
@@ -61,39 +62,13 @@ def run_step(
     user stops it, and what the stage raises.
     """
     check_source(step, source)
-    data = load_data(step, source, calibration, runtime)
+    data = load_data(step, source, calibration, runtime, target.parent)
     key = key_of(step, source, data, runtime)
     outcome = find_finished(step, target, key)
     if outcome is None:
         outcome = run_new(step, source, data, target, runtime, fresh=fresh)
     settle(outcome)
     return outcome
-
-
-def load_data(
-    step: Step, source: Checkpoint, calibration: CalibrationSettings, runtime: Runtime
-) -> Calibration | None:
-    """The token batches a step reads: calibration text, or for `eval` the held-out text."""
-    trust = runtime.trust_remote_code
-    if step.stage == "eval":
-        held_out = CalibrationSettings(
-            dataset=step.settings.dataset,
-            samples=step.settings.samples or CalibrationSettings.samples,
-            length=step.settings.length,
-            seed=step.settings.seed,
-        )
-        whole = step.settings.samples is None
-        data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust)
-    elif registry.method(step.stage, step.method).calibrated:
-        data = load_calibration(calibration, source, trust_remote_code=trust)
-    else:
-        return None
-    used = data.record
-    log(
-        f"{step.name}: {used['sequences_used']} sequences of {used['length']} tokens of"
-        f" `{used['dataset']}`, {used['split']}"
-    )
-    return data
 
 
 def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Runtime) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.calibration.generated import SELF, Author, generated
 from compresso.calibration.text import documents
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError
@@ -47,17 +48,24 @@ def load_calibration(
     *,
     keep_back: bool = False,
     trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Random crops of the dataset's training text, as GPTQ draws them; seeded.
 
     keep_back: of a local text or of ids, which have no held-out part, take nothing from the last
                tenth, which `load_heldout` gives then.
+    author:    who writes the text, if the dataset is `self`.
 
     Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
     cannot be right for this model.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        sequences, written = generated(author, settings, length=length, held_out=False)
+        available = None
+    elif dataset.endswith(".npy"):
         sequences, available = _read_tokens(Path(dataset), settings.length), None
         if keep_back:
             sequences = _apart(sequences, dataset)[0]
@@ -83,6 +91,7 @@ def load_calibration(
         "split": "calibration",
         "seed": settings.seed,
         "sequences_asked": settings.samples,
+        **written,
     }
     return _batched(sequences, settings.batch_size, record, available, source)
 
@@ -94,6 +103,7 @@ def load_heldout(
     whole: bool = False,
     kept_back: bool = False,
     trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Windows of the dataset's held-out text, end to end and in order, without the tail.
 
@@ -102,11 +112,17 @@ def load_heldout(
 
     whole:     take all windows, whatever `samples` says.
     kept_back: of a local text or of ids, take only what `load_calibration` kept back.
+    author:    who writes the text, if the dataset is `self`; as many windows as `samples` says.
 
     Raises as `load_calibration` does.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        windows, written = generated(author, settings, length=length, held_out=True)
+        available = None
+    elif dataset.endswith(".npy"):
         windows, available = _read_tokens(Path(dataset), settings.length), None
         if kept_back:
             windows = _apart(windows, dataset)[1]
@@ -119,7 +135,7 @@ def load_heldout(
         windows = stream[: available // length * length].reshape(-1, length)
     used = len(windows) if whole else min(settings.samples, len(windows))
     spaced = torch.arange(used) * len(windows) // used
-    record: dict[str, Any] = {"dataset": dataset, "split": "held out"}
+    record: dict[str, Any] = {"dataset": dataset, "split": "held out", **written}
     if not whole:
         record["sequences_asked"] = settings.samples
     return _batched(windows[spaced], settings.batch_size, record, available, source)

@@ -62,6 +62,16 @@ def truncate(matrix: Tensor, rank: int, gram: Tensor | None = None) -> LowRank:
     return LowRank(up, balanced)
 
 
+def energies(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
+    """What every further rank of `truncate` takes off the error, (smaller side,) float32, falling.
+
+    Arguments as there. All of them together are the error of no correction.
+    """
+    weighted = matrix if gram is None else matrix @ _root(gram).to(matrix.dtype)
+    found: Tensor = torch.linalg.svdvals(weighted)
+    return found.square_()
+
+
 def rank_within(shapes: Iterable[tuple[int, int]], *, parameters: int) -> int:
     """The highest rank at which corrections of all matrices have at most `parameters` weights.
 
