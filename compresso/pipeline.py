@@ -16,7 +16,7 @@ from compresso.provenance import history, lineage, read_record, step_key
 from compresso.recipe import Recipe, Step, dump_recipe
 from compresso.report import Report
 from compresso.run import Outcome, find_finished, key_of, run_new, settle
-from compresso.runtime import Runtime, log
+from compresso.runtime import Runtime, launched, log
 from compresso.step_data import load_data, original_named
 
 RESOLVED = "compresso-recipe.yaml"
@@ -63,7 +63,7 @@ def run_recipe(
     outcomes = _find_whole_run(places, original, data, runtime)
     if outcomes is None:
         outcomes = _run_steps(places, original, data, runtime, fresh=fresh)
-    if keep_last:
+    if keep_last and launched().index == 0:
         _delete_intermediate(places, outcomes)
     return outcomes
 

@@ -28,9 +28,10 @@ from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
-from compresso.runtime import Runtime, log, warn
+from compresso.runtime import Runtime, launched, log, warn
 from compresso.settings import CalibrationSettings
 from compresso.step_data import load_data
+from compresso.training.processes import Follower, Processes, join
 from compresso.workspace import check_output
 
 
@@ -63,7 +64,8 @@ def run_step(
     user stops it, and what the stage raises.
     """
     check_source(step, source)
-    data = load_data(step, source, calibration, runtime, target.parent)
+    with join(runtime.device).first_alone():
+        data = load_data(step, source, calibration, runtime, target.parent)
     key = key_of(step, source, data, runtime)
     outcome = find_finished(step, target, key)
     if outcome is None:
@@ -110,21 +112,46 @@ def run_new(
     *,
     fresh: bool,
 ) -> Outcome:
-    """Run a step whose `target` is free, and publish what it makes. It is not settled yet."""
+    """Run a step whose `target` is free, and publish what it makes. It is not settled yet.
+
+    Of several processes the first runs it, with the help of the others if they can share the work.
+    """
     check_room(step, source, target)
     log(f"{step.name}: `{source.path}` -> `{target}`")
     work = _Work(step, source, data, runtime, key_of(step, source, data, runtime))
-    if registry.stage(step.stage).leaves is None:
+    stage, processes = registry.stage(step.stage), join(runtime.device)
+    processes.wait()  # until all have seen that there is nothing yet
+    if not processes.first:
+        return _follow(work, target, processes)
+    if stage.leaves is None:
         report = _write_report(work, target)
     else:
         with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
+            if stage.together:
+                processes.wait()
             report = _write_checkpoint(work, writer)
+    processes.wait()
     return Outcome(step, target, work.key, report, reused=False)
+
+
+def _follow(work: _Work, target: Path, processes: Processes) -> Outcome:
+    """Help the first process, or wait for it; what it came to."""
+    try:
+        if registry.stage(work.step.stage).together:
+            processes.wait()
+            work.run(Follower(target))
+        processes.wait()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+    outcome = find_finished(work.step, target, work.key)
+    assert outcome is not None
+    return outcome
 
 
 def settle(outcome: Outcome) -> None:
     """Show what a step measured, then hold it to its gates. Raises GateError if one fails."""
-    show_report(outcome.report, outcome.step.name)
+    if launched().index == 0:
+        show_report(outcome.report, outcome.step.name)
     for message in outcome.report.warnings:
         warn(message)
     check_gates(outcome.step.gates, outcome.report.summary, written=str(outcome.path))
@@ -138,7 +165,7 @@ class _Work:
     runtime: Runtime
     key: str
 
-    def run(self, target: CheckpointWriter | Path) -> Report:
+    def run(self, target: CheckpointWriter | Follower | Path) -> Report:
         stage = registry.load(registry.stage(self.step.stage).code)
         started = time.perf_counter()
         report: Report = stage(self.source, self.step, self.data, target, self.runtime)

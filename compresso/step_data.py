@@ -40,7 +40,13 @@ def load_data(
         whole = step.settings.samples is None
         data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust, author=author)
     elif registry.method(step.stage, step.method).calibrated:
-        data = load_calibration(calibration, source, trust_remote_code=trust, author=author)
+        data = load_calibration(
+            calibration,
+            source,
+            keep_back=registry.stage(step.stage).trains,
+            trust_remote_code=trust,
+            author=author,
+        )
     else:
         return None
     used = data.record

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from compresso.checkpoint.packings import decoded
-from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.lowrank import LowRank
-from compresso.models.adapter import ModelAdapter
-from compresso.models.corrected import BIAS, DOWN, UP
-from compresso.models.substitution import put_parameter
 
 Factors = dict[str, LowRank]  # by path of the linear in the checkpoint
 

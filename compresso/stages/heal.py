@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compresso.calibration.data import Calibration
+from compresso.calibration.generated import Author
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.changed import ChangedCheckpoint
 from compresso.checkpoint.kept import KeptState
@@ -31,6 +32,7 @@ from compresso.stages.training_plot import draw_training
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.options import History, TrainOptions
+from compresso.training.processes import Processes, join
 
 CSV, PICTURE = "training.csv", "training.png"
 MANY_EPOCHS = 8
@@ -60,13 +62,17 @@ def heal(
     """
     assert calibration is not None
     drawing = wants_plot(step.settings.plot)
-    text = load_text(calibration, step, source, trust_remote_code=runtime.trust_remote_code)
-    work = _Work(source, step, text, target, runtime, Report())
-    original = find_original(source, step, work.report.warnings)
-    history, output = work.train(original)
-    work.write(output)
-    work.tell(original, history, drawing=drawing)
-    return work.report
+    report, processes = Report(), join(runtime.device)
+    original = find_original(source, step, report.warnings)
+    with processes.first_alone():
+        author = Author(original or source, runtime, target.target.parent)
+        text = load_text(calibration, step, source, author)
+    work = _Work(source, step, text, target, runtime, report)
+    history, output = work.train(original, processes)
+    if processes.first:
+        work.write(output)
+        work.tell(original, history, drawing=drawing)
+    return report
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class _Work:
     runtime: Runtime
     report: Report
 
-    def train(self, original: Checkpoint | None) -> tuple[History, Output]:
+    def train(self, original: Checkpoint | None, processes: Processes) -> tuple[History, Output]:
         """What training came to, and what of it is to be written."""
         source, step = self.source, self.step
         _check(source, step)
@@ -89,9 +95,9 @@ class _Work:
         adapter = open_adapter(base, self.runtime, dtype=self._dtype())
         moved = trained(adapter, source, step)
         options = self._options(adapter, moved)
-        keeps = KeptState(self.target.partial / WORK)
+        directory = self.target.partial / WORK
         model = TrainingModel(adapter, base, packed=step.method == "qlora")
-        teaching = open_objective(source, original, step, self.text, self.target, self.runtime)
+        teaching = open_objective(source, original, step, self.text, directory, self.runtime)
         with teaching as objective, model:
             history = train(
                 model,
@@ -100,8 +106,9 @@ class _Work:
                 self.text.data,
                 self.text.heldout,
                 options,
-                store=keeps,
+                store=KeptState(directory, writes=processes.first),
                 choose=self._draws(moved),
+                processes=processes,
                 title="heal",
             )
             self._sum_up(moved, model, history)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compresso.calibration.data import Calibration, load_heldout
+from compresso.calibration.generated import Author
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.errors import CheckpointError, CompressoError
 from compresso.provenance import lineage
 from compresso.recipe import Step
@@ -20,6 +21,7 @@ from compresso.runtime import Runtime
 from compresso.settings import CalibrationSettings
 from compresso.stages.original import block_map, original_of
 from compresso.training.objectives import MixedObjective, Shares
+from compresso.training.processes import join
 from compresso.training.teacher import Wanted, open_teacher
 
 TAIL_BLOCKS = 2
@@ -44,10 +46,10 @@ class Text:
         return list(self.heldout.split(self.micro))
 
 
-def load_text(
-    calibration: Calibration, step: Step, source: Checkpoint, *, trust_remote_code: bool
-) -> Text:
+def load_text(calibration: Calibration, step: Step, source: Checkpoint, author: Author) -> Text:
     """The calibration's sequences, and held-out ones of the same dataset and length.
+
+    author: who writes those of the dataset `self`.
 
     Raises CheckpointError if they are too few for a step of the optimizer.
     """
@@ -61,8 +63,19 @@ def load_text(
         )
     if length < 2:
         raise CheckpointError(f"`{dataset}`: sequences of {length} token have no next one")
-    asked = CalibrationSettings(dataset=dataset, samples=settings.heldout, length=length)
-    heldout = load_heldout(asked, source, kept_back=True, trust_remote_code=trust_remote_code)
+    drawn = {
+        name: calibration.record[name]
+        for name in ("seed", "sampling_temperature", "top_p")
+        if name in calibration.record
+    }
+    asked = CalibrationSettings(dataset=dataset, samples=settings.heldout, length=length, **drawn)
+    heldout = load_heldout(
+        asked,
+        source,
+        kept_back=True,
+        trust_remote_code=author.runtime.trust_remote_code,
+        author=author,
+    )
     return Text(data, torch.cat(heldout.batches), len(calibration.batches[0]), heldout.record)
 
 
@@ -89,10 +102,12 @@ def open_objective(
     original: Checkpoint | None,
     step: Step,
     text: Text,
-    target: CheckpointWriter,
+    directory: Path,
     runtime: Runtime,
 ) -> Iterator[MixedObjective]:
     """What is to become small; the teacher is there as long as the context is.
+
+    directory: for what the teacher says.
 
     Raises as `open_teacher` does.
     """
@@ -117,15 +132,18 @@ def open_objective(
         top=settings.top,
         temperature=settings.temperature,
     )
+    directory.mkdir(exist_ok=True)
     teacher = open_teacher(
         original,
         torch.cat((text.data, text.heldout)),
         wanted,
         place=settings.teacher,
-        directory=target.partial / WORK,
+        directory=directory,
         runtime=runtime,
     )
-    with teacher:
+    with ExitStack() as open_:
+        with join(runtime.device).first_alone():
+            open_.enter_context(teacher)
         yield MixedObjective(shares, teacher, pairs)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
@@ -107,6 +108,18 @@ def join(device: torch.device) -> Processes:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     return Processes(found.index, found.count, found.sharded)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Stands for the `CheckpointWriter` in a process that takes part, but writes nothing."""
+
+    target: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the first process writes."""
+        return self.target.with_name(f"{self.target.name}.partial")
 
 
 def whole(tensor: Tensor) -> Tensor:
