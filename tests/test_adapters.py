@@ -61,9 +61,15 @@ BASES = {
     "halves removed": lambda path: save(build("llama"), STRUCTURES["both kinds"], path / "x"),
     "shared": lambda path: save(build("llama"), STRUCTURES["shared"], path / "x"),
     "everything": lambda path: save(build("gpt2"), STRUCTURES["everything"], path / "x"),
-    "everything coded": lambda path: save_coded(
-        build("llama"), path, [vector(), affine()], structure=STRUCTURES["everything"], head=True
-    ).coded,
+    "everything coded": lambda path: (
+        save_coded(
+            build("llama"),
+            path,
+            [vector(), affine()],
+            structure=STRUCTURES["everything"],
+            head=True,
+        ).coded
+    ),
 }
 KERNELS = {"nf4": 0.04, "int8": 0.08, "Conv1D nf4": 0.04}  # which round their inputs
 
@@ -102,9 +108,11 @@ def test_every_base(base, tmp_path, monkeypatch):
     # what its users see
     tolerance = KERNELS.get(base, 1e-4 if source.dtype == torch.float32 else 3e-2)
     limit = tolerance * expected.abs().max()
-    model = AutoPeftModelForCausalLM.from_pretrained(written.path / "adapter") if (
-        base != "packed mixed"
-    ) else None
+    model = (
+        AutoPeftModelForCausalLM.from_pretrained(written.path / "adapter")
+        if (base != "packed mixed")
+        else None
+    )
     if model is not None:
         assert (logits(model) - expected).abs().max() < limit
         with model.disable_adapter():
