@@ -35,7 +35,7 @@ METHODS = {
     "gptq+higgs matched": {"bits": 2, "match": 0.5},
     "hqq": {"bits": 3},
     "nf4": {},
-    "nf4 double": {"double": True},
+    "nf4 double": {"scale_bits": 8},
     "int8": {},
     "rtn mixed": {"target_bits": 4.0, "symmetric": False},
     "gptq mixed": {"target_bits": 4.0},
