@@ -20,8 +20,8 @@ GroupSize = Annotated[
 ScaleBits = Annotated[
     Literal[8, 16],
     limit(
-        description="Bits of a scale: as the model's weights, or 8, as parts of one scale for each"
-        " row; pays from 3 groups per row on. Of `nf4`: 32, or 8 in its own form."
+        description="Bits of a scale: 8 are parts of one scale per row, stored in compresso's own"
+        " layout. Of `nf4` 32, or 8 in its own form."
     ),
 ]
 Symmetric = Annotated[
