@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +218,15 @@ def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
 
     A model that fits it is loaded whole, as users load it, and generates. A larger one is run block
     by block, and so is, besides, one that bitsandbytes runs, whose kernels round more than a proof
-    may allow.
+    may allow. One with an adapter is loaded only if PEFT is there.
     """
     assert report.fingerprint is not None
     runtime, written = work.runtime, Checkpoint(path)
     dtype = runtime.compute_dtype(work.source.dtype)
     fits = written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory
-    if not fits or method_of(written.config) == BITSANDBYTES:
+    corrected = written.adapter is not None
+    loads = fits and (not corrected or importlib.util.find_spec("peft") is not None)
+    if not loads or method_of(written.config) == BITSANDBYTES:
         logits = replay(
             written,
             report.fingerprint.tokens,
@@ -232,7 +235,8 @@ def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
             trust_remote_code=runtime.trust_remote_code,
         )
         found = compare(path, logits, report.fingerprint, TOLERANCE[dtype])
-    if fits:
+        found = replace(found, adapter="compresso" if corrected else None)
+    if loads:
         found = prove(
             path,
             report.fingerprint,

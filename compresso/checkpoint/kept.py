@@ -22,7 +22,7 @@ class KeptState:
 
     def __init__(self, directory: Path, *, writes: bool = True) -> None:
         """directory: made if need be. writes: False for a process that only reads."""
-        self._directory = directory
+        self.directory = directory
         self._writes = writes
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
@@ -34,16 +34,16 @@ class KeptState:
         """
         if not self._writes:
             return
-        path = self._directory / f"{name}.safetensors"
+        path = self.directory / f"{name}.safetensors"
         temporary = path.with_name(f"{path.name}.tmp")
         try:
-            self._directory.mkdir(exist_ok=True)
+            self.directory.mkdir(exist_ok=True)
             with temporary.open("wb") as file:
                 write_safetensors(file, dict(tensors), {VALUES: json.dumps(values)})
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            flush_directory(self._directory)
+            flush_directory(self.directory)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise ResourceError(
@@ -56,7 +56,7 @@ class KeptState:
 
         Raises CheckpointError if it is damaged.
         """
-        path = self._directory / f"{name}.safetensors"
+        path = self.directory / f"{name}.safetensors"
         if not path.exists():
             return None
         with open_shard(path, hint="pass `--fresh` to start over") as shard:

@@ -17,11 +17,13 @@ from torch import Tensor
 from compresso.checkpoint.adapter_folder import AdapterFolder, read_adapter
 from compresso.checkpoint.directory import (
     ADAPTER,
+    ADAPTER_CONFIG,
     CONFIG,
     RECORD,
     TRANSPOSED,
     TensorInfo,
     carried_and_left_out,
+    has_adapter,
     open_shard,
     read_infos,
     read_json,
@@ -63,10 +65,10 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise CheckpointError(f"no checkpoint directory `{path}`")
-        if (path / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"`{path}` holds a PEFT adapter", hint="merge it into its base model first"
-            )
+        if (path / ADAPTER_CONFIG).is_file():
+            beside = has_adapter(path.parent) and path.name == ADAPTER
+            hint = f"pass `{path.parent}`, which it is part of" if beside else "merge it first"
+            raise CheckpointError(f"`{path}` holds a PEFT adapter", hint=hint)
         self.path = path
         self._infos = read_infos(path)
         self.config: dict[str, Any] = read_json(path / CONFIG)

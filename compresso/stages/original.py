@@ -10,7 +10,7 @@ from typing import Any
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import CheckpointError, ConfigError
 from compresso.families import RESTRUCTURED, family_of
-from compresso.models.rotation import rotated
+from compresso.models.rotation import RotatedCheckpoint, rotated
 from compresso.models.structure import structure_of
 from compresso.models.tokenizer import Tokenizer
 from compresso.provenance import history, lineage, read_record
@@ -99,8 +99,9 @@ def _recorded(source: Checkpoint) -> Checkpoint:
 def _since(source: Checkpoint, original: Checkpoint) -> list[dict[str, Any]]:
     """The records of the steps from the original, if it is among them, to `source`."""
     records = history(read_record(source.path))
+    key = (original.plain if isinstance(original, RotatedCheckpoint) else original).key
     keys = [record["source"]["key"] for record in records]
-    return records[keys.index(original.key) :] if original.key in keys else records
+    return records[keys.index(key) :] if key in keys else records
 
 
 def _check_model(source: Checkpoint, original: Checkpoint) -> None:

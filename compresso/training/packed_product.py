@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compresso.checkpoint.reader import Checkpoint
 
-
 Kernel = Callable[[Tensor], Tensor]
 
 

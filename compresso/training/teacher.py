@@ -85,6 +85,10 @@ def open_teacher(
     Raises ResourceError, naming what is needed, if there is no room.
     """
     adapter = open_adapter(original, runtime)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot write `{directory}`: {error.strerror}") from error
     stored = DiskTeacher(adapter, original, sequences, wanted, directory=directory, runtime=runtime)
     resident = int(SPARE * original.parameters * adapter.dtype.itemsize)
     free_disk, free = shutil.disk_usage(directory).free, free_memory()

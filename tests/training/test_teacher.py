@@ -152,7 +152,10 @@ def opened(source, directory, place, wanted=WHOLE):
 
 def test_the_disk_is_taken_where_it_has_room(checkpoints, tmp_path, monkeypatch):
     source = checkpoints("llama")
-    assert isinstance(opened(source, tmp_path, "auto"), DiskTeacher)
+    assert isinstance(opened(source, tmp_path / "new", "auto"), DiskTeacher)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        opened(source, tmp_path / "file" / "new", "auto")
     assert isinstance(opened(source, tmp_path, "disk"), DiskTeacher)
     assert isinstance(opened(source, tmp_path, "resident"), ResidentTeacher)
     full = type("Usage", (), {"free": 1000})()
