@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class KeptState:
             os.replace(temporary, path)
             flush_directory(self.directory)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise ResourceError(
                 f"cannot write `{path}`: {error.strerror}",
                 hint="make room, or give access, and run the same command again",

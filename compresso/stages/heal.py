@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import ceil, log
 from typing import Any
 
-import torch
 from torch import nn
 
 from compresso.calibration.data import Calibration
@@ -29,6 +28,7 @@ from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.heal_text import Text, find_original, load_text, open_objective
 from compresso.stages.plots import wants_plot
 from compresso.stages.training_plot import draw_training
+from compresso.stages.whole_model import training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.options import History, TrainOptions
@@ -92,7 +92,7 @@ class _Work:
         _check(source, step)
         # Corrections that are there already are trained on, so weights come without them.
         base = ChangedCheckpoint(source) if source.adapter is not None else source
-        adapter = open_adapter(base, self.runtime, dtype=self._dtype())
+        adapter = open_adapter(base, self.runtime, dtype=training_dtype(source, self.runtime))
         moved = trained(adapter, source, step)
         options = self._options(adapter, moved)
         directory = self.target.partial / WORK
@@ -157,17 +157,6 @@ class _Work:
             title = f"{self.step.name} of {self.source.path.name}"
             draw_training(history, partial_ / PICTURE, original=first, title=title)
             report.files["plot"] = PICTURE
-
-    def _dtype(self) -> torch.dtype:
-        """What the model is trained in."""
-        found = self.runtime.compute_dtype(self.source.dtype)
-        if found != torch.float16:
-            return found
-        if self.runtime.dtype == torch.float16:
-            raise ConfigError(
-                "gradients do not fit float16", hint="pass `--dtype bfloat16` or `--dtype float32`"
-            )
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
 
     def _parameters(self, model: TrainingModel, moved: Trained) -> list[nn.Parameter]:
         settings: Any = self.step.settings

@@ -14,6 +14,7 @@ from compresso.models.adapter import ModelAdapter
 from compresso.models.structure import borrowed_linears, halves, structure_of
 from compresso.provenance import history, read_record
 from compresso.recipe import Step
+from compresso.stages.whole_model import own_linears
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,8 @@ def _linears(adapter: ModelAdapter, which: str) -> list[str]:
     wanted = {"attention": attention.linears, "mlp": mlp.linears}.get(
         which, attention.linears + mlp.linears
     )
-    ends = tuple(f".{path}.weight" for path in wanted)
-    blocks = f"{adapter.family.blocks}."
-    names = [name for name in adapter.stored if name.startswith(blocks) and name.endswith(ends)]
-    return [adapter.stored[name].removesuffix(".weight") for name in names]
+    ends = tuple(f".{path}" for path in wanted)
+    return [path for path in own_linears(adapter) if path.endswith(ends)]
 
 
 def _of_blocks(adapter: ModelAdapter, source: Checkpoint, blocks: Iterable[int]) -> list[str]:

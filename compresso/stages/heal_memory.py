@@ -12,7 +12,7 @@ from compresso.errors import ResourceError
 from compresso.models.adapter import ModelAdapter
 from compresso.runtime import format_bytes, free_memory
 from compresso.stages.heal_choice import Trained
-from compresso.training.next_token import LOGITS_BYTES
+from compresso.training.objectives import LOGITS_BYTES
 
 # Numbers that a block keeps for the way back, per token, in widths of the residual stream and of
 # what is inside the MLP: the most that any family was seen to keep (gemma2).
@@ -20,7 +20,7 @@ KEPT_WIDTHS = 12
 KEPT_INNER = 4
 # Bytes per trained weight: itself, its gradient, two moments and the best state, in float32.
 TRAINED_BYTES = 20
-LOGITS_COPIES = 4
+LOGITS_COPIES = 6
 
 
 @dataclass(frozen=True)
