@@ -25,12 +25,10 @@ from compresso.kernels.matching import moved
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
-from compresso.runtime import warn
+from compresso.stages.damping import with_damping_raised
 from compresso.stages.quantize_layouts import Codes, Described, Layout
 from compresso.stages.quantize_plan import Plan, options_of
 
-RETRIES = 3
-STEPS_OF_DAMPING = 10
 MATCH_DAMPING = 0.1  # of `moved`
 # How AutoRound moves from what another method rounded.
 RULE: dict[str, Rule] = {"rtn": "sign", "gptq": "gradient"}
@@ -222,18 +220,13 @@ class Work:
         options = {**self._options, "scale_dtype": self.source.dtype}
         if self._takes_bits:
             options["bits"] = bits
-        damping = options.get("damping", 0.0)
-        for attempt in range(RETRIES + 1):
-            if damping:
-                options["damping"] = damping
-            try:
-                return self._quantizer(weight, gram, **options), damping
-            except NumericalError as error:
-                if attempt == RETRIES:
-                    raise NumericalError(f"`{names[0]}`: {error}", hint=error.hint) from error
-                damping *= STEPS_OF_DAMPING
-                warn(f"`{names[0]}`: {error}; trying {damping:g}")
-        raise AssertionError("the last attempt returns or raises")
+
+        def quantize(damping: float) -> Codes:
+            return self._quantizer(
+                weight, gram, **options | ({"damping": damping} if damping else {})
+            )
+
+        return with_damping_raised(quantize, options.get("damping", 0.0), where=f"`{names[0]}`")
 
     def _tune(
         self, block: LiveBlock, states: States, originals: States, linears: list[_Linear]
