@@ -242,7 +242,7 @@ STAGES = {
         presets={
             "fast": {"method": "rtn"},
             "default": {"method": "gptq"},
-            "best": {"method": "gptq", "match": 0.5},
+            "best": {"method": "gptq+higgs", "match_share": 1.0},
         },
     ),
     "eval": Stage(

@@ -58,6 +58,10 @@ Match = Annotated[
         " the blocks before; 0: not at all.",
     ),
 ]
+MatchShare = Annotated[
+    float,
+    limit(gt=0, le=1, description="Share of the calibration sequences that `match` compares on."),
+]
 Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
 
 
@@ -160,7 +164,8 @@ class FeedbackSettings:
     damping: Damping = 0.01
     act_order: ActOrder = True
     refine: Refine = 3
-    match: Match = 0.0
+    match: Match = 0.5
+    match_share: MatchShare = 0.25
 
 
 @settings

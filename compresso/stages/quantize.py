@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ def quantize(
             source,
             batches,
             probe=tokens,
-            budget=runtime.max_memory // (1 + work.follows),
+            budget=runtime.max_memory // (1 + bool(work.followed)),
             spill_dir=target.partial,
         )
 
     batches = calibration.batches if calibration else []
     states = enter(batches, probe)
-    original = Originals(adapter, enter(batches, None)) if work.follows else None
+    some = batches[: ceil(work.followed * len(batches))]
+    original = Originals(adapter, enter(some, None)) if some else None
     _quantize_blocks(work, step, target, states, original)
     parts = [_committed(target, part) for part in range(adapter.count + 1)]
     report = Report(rows=[row for part in parts for row in part["rows"]])

@@ -83,15 +83,15 @@ class Work:
         self._takes_bits = "bits" in self._options
 
     @property
-    def follows(self) -> bool:
-        """Whether the original model is to be run beside the quantized one."""
-        return self.tuned or self.match > 0
+    def followed(self) -> float:
+        """The share of the sequences that the original model is to be run on, from the first."""
+        return self.settings.match_share if self.match else float(self.tuned)
 
     def quantize_block(self, block: LiveBlock, states: States, originals: Originals | None) -> Done:
         """Quantize the linears of a block, which then runs with the decoded ones.
 
         states:    what enters the block.
-        originals: the original model, which has run the block, if `follows`.
+        originals: the original model, which has run the block, if `followed`.
         """
         index, prefix = block.index, self.adapter.block_prefix(block.index)
         module = self.adapter.module_prefix(index)
