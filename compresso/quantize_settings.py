@@ -165,7 +165,7 @@ class FeedbackSettings:
     act_order: ActOrder = True
     refine: Refine = 3
     match: Match = 0.5
-    match_share: MatchShare = 0.25
+    match_share: MatchShare = 0.5
 
 
 @settings
