@@ -59,17 +59,27 @@ def ways() -> dict[str, list[str]]:
         for method in ("higgs", "gptq+higgs"):
             options = f"--method {method} --target-bits {target}"
             found[f"{method} mixed {target} bits"] = options.split()
+    for target in (2.25, 2.5):
+        for allocation in ("search", "lim", "zd", "uniform"):
+            options = f"--method gptq --target-bits {target} --allocation {allocation}"
+            name = f"gptq mixed {allocation} {target} bits g128"
+            found[name] = [*options.split(), "--group-size", "128"]
+    for bits in WIDTHS:
+        at = f"--bits {bits}"
+        more = {
+            f"gptq unmatched {bits} bits g64": f"--method gptq {at} --match 0",
+            f"rsq unmatched {bits} bits g64": f"--method rsq {at} --match 0",
+            f"gptq+higgs unmatched {bits} bits": f"--method gptq+higgs {at} --match 0",
+            f"best {bits} bits": f"--preset best {at}",
+            f"autoround {bits} bits g64": f"--method autoround {at}",
+        }
+        found |= {name: options.split() for name, options in more.items()}
     more = {
-        "gptq match 2 bits g64": "--method gptq --bits 2 --match 0.5",
-        "gptq match 3 bits g64": "--method gptq --bits 3 --match 0.5",
-        "gptq+higgs match p4 2 bits": "--method gptq+higgs --bits 2 --match 0.5",
-        "gptq+higgs match p2 3 bits": "--method gptq+higgs --bits 3 --match 0.5",
-        "gptq+higgs match mixed 2.25 bits": "--method gptq+higgs --target-bits 2.25 --match 0.5",
-        "gptq+higgs match mixed 3.25 bits": "--method gptq+higgs --target-bits 3.25 --match 0.5",
         "nf4": "--method nf4",
         "nf4 double": "--method nf4 --double",
-        "autoround 2 bits g64": "--method autoround --bits 2",
         "autoround from rtn 2 bits g64": "--method autoround --bits 2 --start rtn",
+        "best mixed 2.25 bits": "--preset best --target-bits 2.25",
+        "best mixed 3.25 bits": "--preset best --target-bits 3.25",
     }
     return found | {name: options.split() for name, options in more.items()}
 
@@ -116,7 +126,8 @@ def measure(
     """Make a checkpoint, unless it is there, and judge it."""
     target = options.out / name.replace(" ", "-")
     command = ["quantize", options.model, "-o", str(target), *given]
-    if registry.method("quantize", given[1]).calibrated:
+    method = registry.with_preset("quantize", {given[0].strip("-"): given[1]})["method"]
+    if registry.method("quantize", method).calibrated:
         command += ["--dataset", options.dataset]
     subprocess.run([sys.executable, "-m", "compresso", *command], check=True, stdout=2)
     made = Checkpoint(target)
