@@ -99,12 +99,7 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     windows = torch.from_numpy(numpy.load(options.text)[: options.windows].astype("int64"))
     source = open_checkpoint(options.model)
-    original = [model_of(source)(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
-    loss = float(
-        torch.stack(
-            [-p.gather(-1, r[1:, None]).mean() for p, r in zip(original, windows, strict=True)]
-        ).mean()
-    )
+    original, loss = scores(source, windows)
     print(f"original: perplexity {exp(loss):.3f}, {source.stored_bytes / 1e6:.2f} MB", flush=True)
     for name, given in ways().items():
         if name in rows or (options.only and not name.startswith(tuple(options.only))):
@@ -130,8 +125,20 @@ def measure(
     if registry.method("quantize", method).calibrated:
         command += ["--dataset", options.dataset]
     subprocess.run([sys.executable, "-m", "compresso", *command], check=True, stdout=2)
-    made = Checkpoint(target)
-    summary = made.provenance["report"]["summary"]
+    summary = Checkpoint(target).provenance["report"]["summary"]
+    return {
+        "bits": summary["stored_bits"],
+        **judge(target, original, windows),
+        "seconds": summary["seconds"],
+    }
+
+
+def judge(path: Path, original: list[torch.Tensor], windows: torch.Tensor) -> dict[str, float]:
+    """Perplexity, KL(original || this) in nats, and stored bytes of a checkpoint.
+
+    original: logarithms of probabilities after all tokens of each window but the last.
+    """
+    made = Checkpoint(path)
     model = model_of(made)
     lost = divergence = 0.0
     for row, expected in zip(windows, original, strict=True):
@@ -139,12 +146,18 @@ def measure(
         lost += cross_entropy(found, row)
         divergence += float((expected.exp() * (expected - found)).sum(-1).mean())
     return {
-        "bits": summary["stored_bits"],
         "bytes": made.stored_bytes,
         "ppl": exp(lost / len(windows)),
         "kl": divergence / len(windows),
-        "seconds": summary["seconds"],
     }
+
+
+def scores(source: Checkpoint, windows: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+    """What `judge` compares with, and the mean loss of the original."""
+    model = model_of(source)
+    found = [model(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
+    losses = [cross_entropy(one, row) for one, row in zip(found, windows, strict=True)]
+    return found, sum(losses) / len(losses)
 
 
 def cross_entropy(logarithms: torch.Tensor, window: torch.Tensor) -> float:
