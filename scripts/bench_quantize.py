@@ -27,13 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compresso import registry
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.errors import ConfigError
 from compresso.families import RESTRUCTURED
 
 WIDTHS, GROUPS = (2, 3, 4), (32, 64, 128)
 
 
-def ways() -> dict[str, list[str]]:
-    """Name in the table -> options."""
+def ways(mixed: int) -> dict[str, list[str]]:
+    """Name in the table -> options. mixed: group size where the bits of groups are chosen."""
     found: dict[str, list[str]] = {}
     for method, bits, size in product(("rtn", "hqq", "gptq"), WIDTHS, GROUPS):
         options = f"--method {method} --bits {bits} --group-size {size}"
@@ -53,8 +54,8 @@ def ways() -> dict[str, list[str]]:
                     f"{p}",
                 ]
     for target in (2.25, 2.5, 2.75, 3.25, 4.25):
-        options = f"--method gptq --target-bits {target} --group-size 128"
-        found[f"gptq mixed {target} bits g128"] = options.split()
+        options = f"--method gptq --target-bits {target} --group-size {mixed}"
+        found[f"gptq mixed {target} bits g{mixed}"] = options.split()
     for target in (2.25, 2.5, 3.0, 3.25, 4.0, 4.25):
         for method in ("higgs", "gptq+higgs"):
             options = f"--method {method} --target-bits {target}"
@@ -62,8 +63,8 @@ def ways() -> dict[str, list[str]]:
     for target in (2.25, 2.5):
         for allocation in ("search", "lim", "zd", "uniform"):
             options = f"--method gptq --target-bits {target} --allocation {allocation}"
-            name = f"gptq mixed {allocation} {target} bits g128"
-            found[name] = [*options.split(), "--group-size", "128"]
+            name = f"gptq mixed {allocation} {target} bits g{mixed}"
+            found[name] = [*options.split(), "--group-size", f"{mixed}"]
     for bits in WIDTHS:
         at = f"--bits {bits}"
         more = {
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="calibration text, or .npy of sequences")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
+    parser.add_argument("--mixed-group-size", type=int, default=128, help="where bits are chosen")
     parser.add_argument("--only", nargs="*", help="what names in the table start with")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -101,10 +103,16 @@ def main() -> None:
     source = open_checkpoint(options.model)
     original, loss = scores(source, windows)
     print(f"original: perplexity {exp(loss):.3f}, {source.stored_bytes / 1e6:.2f} MB", flush=True)
-    for name, given in ways().items():
+    for name, given in ways(options.mixed_group_size).items():
         if name in rows or (options.only and not name.startswith(tuple(options.only))):
             continue
-        rows[name] = row = measure(name, given, original, windows, options)
+        try:
+            rows[name] = row = measure(name, given, original, windows, options)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != ConfigError.exit_code:
+                raise
+            print(f"{name}: impossible for this model", flush=True)
+            continue
         print(f"{name}: {row['ppl']:.3f} / {row['kl']:.4f}, {row['bits']:.3f} bits", flush=True)
         results.write_text(json.dumps(rows, indent=1))
     (options.out / "quantize.md").write_text(table(rows, loss))
