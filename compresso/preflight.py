@@ -69,7 +69,7 @@ def check_packages(step: Step, source: Checkpoint) -> None:
     """Raises ResourceError if packed weights are involved and cannot be loaded here."""
     needed = {str(method_of(source.config))}
     if step.stage == "quantize" and step.settings.pack:
-        needed.add(registry.method("quantize", step.method).packed_as)
+        needed.add(registry.packed_as(step.method, step.settings))
     for package in sorted(needed & PACKED_BY.keys()):
         if importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ResourceError(

@@ -77,7 +77,9 @@ def ways(mixed: int) -> dict[str, list[str]]:
         found |= {name: options.split() for name, options in more.items()}
     more = {
         "nf4": "--method nf4",
-        "nf4 double": "--method nf4 --double",
+        "nf4 double": "--method nf4 --scale-bits 8",
+        "gptq 8-bit scales 2 bits g32": "--method gptq --bits 2 --group-size 32 --scale-bits 8",
+        "gptq 8-bit scales 3 bits g32": "--method gptq --bits 3 --group-size 32 --scale-bits 8",
         "autoround from rtn 2 bits g64": "--method autoround --bits 2 --start rtn",
         "best mixed 2.25 bits": "--preset best --target-bits 2.25",
         "best mixed 3.25 bits": "--preset best --target-bits 3.25",

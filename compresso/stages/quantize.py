@@ -58,7 +58,7 @@ def quantize(
     if settings.rotate:
         source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)
-    packed_as = registry.method("quantize", step.method).packed_as
+    packed_as = registry.packed_as(step.method, settings)
     plan = make_plan(adapter, settings, packed_as=packed_as)
     choice = None
     if getattr(settings, "hits_target", False):
