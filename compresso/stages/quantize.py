@@ -69,21 +69,8 @@ def quantize(
     layout = make_layout(adapter, source, step, plan)
     work = Work(adapter, source, step, plan, layout)
     probe = probe_tokens(adapter.config.get_text_config().vocab_size)
-
-    def enter(batches: list[Tensor], tokens: Tensor | None) -> States:
-        return enter_blocks(
-            adapter,
-            source,
-            batches,
-            probe=tokens,
-            budget=runtime.max_memory // (1 + bool(work.followed)),
-            spill_dir=target.partial,
-        )
-
     batches = calibration.batches if calibration else []
-    states = enter(batches, probe)
-    some = batches[: ceil(work.followed * len(batches))]
-    original = Originals(adapter, enter(some, None)) if some else None
+    states, original = _enter(work, batches, probe, target, runtime)
     _quantize_blocks(work, step, target, states, original)
     parts = [_committed(target, part) for part in range(adapter.count + 1)]
     report = Report(rows=[row for part in parts for row in part["rows"]])
@@ -94,6 +81,26 @@ def quantize(
     report.fingerprint = Fingerprint(probe, adapter.logits(source, states.probe).cpu())
     report.summary = _summary(source, report.rows, plan, choice)
     return report
+
+
+def _enter(
+    work: Work, batches: list[Tensor], probe: Tensor, target: CheckpointWriter, runtime: Runtime
+) -> tuple[States, Originals | None]:
+    """What enters the first block, and the original model to be run beside, if there is any."""
+    followed = batches[: ceil(work.followed * len(batches))]
+
+    def enter(batches: list[Tensor], tokens: Tensor | None) -> States:
+        return enter_blocks(
+            work.adapter,
+            work.source,
+            batches,
+            probe=tokens,
+            budget=runtime.max_memory // (1 + bool(followed)),
+            spill_dir=target.partial,
+        )
+
+    states = enter(batches, probe)
+    return states, Originals(work.adapter, enter(followed, None)) if followed else None
 
 
 def _elsewhere(job: BitJob, plan: Plan) -> int | None:

@@ -28,7 +28,7 @@ def test_gives_up_after_three_times_and_names_the_place():
         tried.append(damping)
         raise NumericalError("not positive definite", hint="more tokens")
 
-    with pytest.raises(NumericalError, match="^`q_proj`: not positive definite$") as raised:
+    with pytest.raises(NumericalError, match="`q_proj`: not positive definite") as raised:
         with_damping_raised(quantize, 0.01, where="`q_proj`")
 
     assert tried == pytest.approx([0.01, 0.1, 1.0, 10.0])
