@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compresso.kernels.scales import in_parts, row_scale_of, split_rows, storable
 from compresso.kernels.sweep import row_slices
+from compresso.kernels.tiles import on_each
 
 STEPS = 20
 NORM = 0.7  # errors are summed to this power: few large ones count little
@@ -103,7 +104,8 @@ def quantize(
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scale, zero = weight.new_empty(2, rows, columns // size)
     row_scale = weight.new_empty(rows, 1) if eight else None
-    for here in row_slices(weight):
+
+    def code(here: slice) -> None:
         groups = weight[here].reshape(-1, columns // size, size)
         found = _search(groups, _spans(groups, bits, scale_dtype), bits, store)
         if row_scale is not None:
@@ -115,6 +117,8 @@ def quantize(
         rounded = _codes(groups / found[0], found[1], bits)
         codes[here] = rounded.flatten(1).to(torch.uint8)
         scale[here], zero[here] = found[0][..., 0], found[1][..., 0]
+
+    on_each(code, row_slices(weight), weight.device)
     return AffineCodes(codes, scale, zero, bits, scale_dtype, row_scale, 8 if eight else None)
 
 
