@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from compresso.compensate_settings import (
+    EoraSettings,
+    LoftqSettings,
+    LqLoraSettings,
+    LrecSettings,
+    RilqSettings,
+)
 from compresso.depth_settings import (
     BlockPrunerSettings,
     ContiguousSettings,
@@ -19,6 +26,15 @@ from compresso.depth_settings import (
     TaylorSettings,
 )
 from compresso.fold_settings import FoldGptSettings, RecursiveSettings
+from compresso.heal_settings import (
+    FullSettings,
+    LastSettings,
+    LisaSettings,
+    LoraSettings,
+    NeighboursSettings,
+    NormsSettings,
+    QloraSettings,
+)
 from compresso.quantize_settings import (
     AutoRoundSettings,
     GptqHiggsSettings,
@@ -56,16 +72,23 @@ class Stage:
     """One thing that can be done to a checkpoint.
 
     code:   "module:function".
-    takes:  the kind of weights it reads. leaves: the kind it writes, or None if it writes none.
+    takes:  the kind of weights it reads. leaves: the kind it writes (`same`: what it read),
+            or None if it writes none.
     methods: the first is the default.
+    copies:  whether it copies stored tensors, so that an adapter beside them would be lost.
+    trains:  whether it learns from text, so that some of that is kept apart to judge by.
+    together: whether several processes can share its work.
     presets: name -> method and settings.
     """
 
     code: str
     takes: Literal["dense", "any"]
-    leaves: Literal["dense", "quantized"] | None
+    leaves: Literal["dense", "quantized", "same"] | None
     methods: dict[str, Method]
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    copies: bool = False
+    trains: bool = False
+    together: bool = False
 
 
 STAGES = {
@@ -86,6 +109,7 @@ STAGES = {
         "compresso.stages.prune:prune",
         takes="dense",
         leaves="dense",
+        copies=True,
         methods={
             "shortgpt": Method(
                 ShortGptSettings,
@@ -159,6 +183,7 @@ STAGES = {
         "compresso.stages.fold:fold",
         takes="dense",
         leaves="dense",
+        copies=True,
         methods={
             "foldgpt": Method(
                 FoldGptSettings,
@@ -243,6 +268,94 @@ STAGES = {
             "fast": {"method": "rtn"},
             "default": {"method": "gptq"},
             "best": {"method": "gptq+higgs", "match_share": 1.0},
+        },
+    ),
+    "compensate": Stage(
+        "compresso.stages.compensate:compensate",
+        takes="any",
+        leaves="same",
+        methods={
+            "eora": Method(
+                EoraSettings,
+                "compresso.kernels.lowrank:truncate",
+                "arXiv:2410.21271",
+                calibrated=True,
+            ),
+            "lq-lora": Method(
+                LqLoraSettings,
+                "compresso.kernels.decomposition:decompose",
+                "arXiv:2311.12023",
+                calibrated=True,
+            ),
+            "loftq": Method(
+                LoftqSettings,
+                "compresso.kernels.decomposition:decompose",
+                "arXiv:2310.08659",
+                calibrated=False,
+            ),
+            "rilq": Method(
+                RilqSettings,
+                "compresso.stages.compensate_trained:rilq",
+                "arXiv:2412.01129",
+                calibrated=True,
+            ),
+            "lrec": Method(
+                LrecSettings,
+                "compresso.stages.compensate_trained:rilq",
+                "arXiv:2306.08162",
+                calibrated=True,
+            ),
+        },
+    ),
+    "heal": Stage(
+        "compresso.stages.heal:heal",
+        takes="any",
+        leaves="same",
+        trains=True,
+        together=True,
+        methods={
+            "lora": Method(
+                LoraSettings,
+                "compresso.stages.heal_choice:trained",
+                "arXiv:2106.09685",
+                calibrated=True,
+            ),
+            "qlora": Method(
+                QloraSettings,
+                "compresso.stages.heal_choice:trained",
+                "arXiv:2305.14314",
+                calibrated=True,
+            ),
+            "full": Method(
+                FullSettings,
+                "compresso.stages.heal_choice:trained",
+                "all weights",
+                calibrated=True,
+            ),
+            "last-k": Method(
+                LastSettings,
+                "compresso.stages.heal_choice:trained",
+                "arXiv:2411.15558",
+                calibrated=True,
+            ),
+            "lisa": Method(
+                LisaSettings,
+                "compresso.stages.heal_choice:trained",
+                "arXiv:2403.17919",
+                calibrated=True,
+            ),
+            "norms": Method(
+                NormsSettings,
+                "compresso.stages.heal_choice:trained",
+                "arXiv:2312.15230",
+                calibrated=True,
+            ),
+            "neighbours": Method(
+                NeighboursSettings,
+                "compresso.stages.heal_choice:trained",
+                "compresso's own",
+                calibrated=True,
+            ),
         },
     ),
     "eval": Stage(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compresso import registry
 from compresso.checkpoint.packings import method_of
-from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import ConfigError, ResourceError
 from compresso.families import family_of
 from compresso.provenance import lineage
@@ -36,6 +36,7 @@ def check_source(step: Step, source: Checkpoint) -> None:
     """
     family_of(source.config["model_type"])
     check_kind(step, source)
+    check_adapter(step, source)
     check_packages(step, source)
 
 
@@ -47,6 +48,18 @@ def check_room(step: Step, source: Checkpoint, target: Path) -> None:
         )
     check_disk(target, smallest_output(step, source))
     check_memory(source)
+
+
+def original_key(step: Step, recorded: str) -> str | None:
+    """The key of the original that a step goes by; None if it does not go by any.
+
+    recorded: the key of the one that the source was made from. Raises CheckpointError if the user
+              named one that is not there.
+    """
+    if not hasattr(step.settings, "original"):
+        return None
+    given: str | None = step.settings.original
+    return recorded if given is None else open_checkpoint(given).key
 
 
 def check_kind(step: Step, source: Checkpoint) -> None:
@@ -63,6 +76,15 @@ def check_kind(step: Step, source: Checkpoint) -> None:
         f"`{step.stage}` needs dense weights, but those of `{source.path}` are quantized",
         hint=hint,
     )
+
+
+def check_adapter(step: Step, source: Checkpoint) -> None:
+    """Raises ConfigError if the stage would lose the adapter that the source has."""
+    if registry.stage(step.stage).copies and source.adapter is not None:
+        raise ConfigError(
+            f"`{step.stage}` would lose the adapter beside the weights of `{source.path}`",
+            hint="pass a checkpoint whose corrections are in the weights (`merge`), or one without",
+        )
 
 
 def check_packages(step: Step, source: Checkpoint) -> None:

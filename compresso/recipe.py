@@ -16,6 +16,7 @@ from compresso.gates import Gate, gate_texts, parse_gates
 from compresso.settings import CalibrationSettings, RuntimeSettings
 
 KEYS = ("model", "calibration", "runtime", "stages")
+PATHS = ("dataset", "against", "original")  # settings that may be relative paths
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
         return text
 
     def find_in(record: Any) -> Any:
-        named = {name: getattr(record, name, None) for name in ("dataset", "against")}
+        named = {name: getattr(record, name, None) for name in PATHS}
         return replace(record, **{name: find(text) for name, text in named.items() if text})
 
     located = replace(
@@ -244,7 +245,7 @@ def _check_step_keys(stage: str, method: str, values: dict[str, Any], where: str
 def _check_order(steps: list[Step], where: str) -> None:
     """Raises ConfigError if the last step cannot read what those before it leave."""
     leaves = [registry.stage(step.stage).leaves or "" for step in steps[:-1]]
-    weights = next((kind for kind in reversed(leaves) if kind), "dense")
+    weights = next((kind for kind in reversed(leaves) if kind not in ("", "same")), "dense")
     step = steps[-1]
     takes = registry.stage(step.stage).takes
     if takes not in ("any", weights):

@@ -15,6 +15,7 @@ from compresso.runtime import format_bytes
 
 if TYPE_CHECKING:
     from compresso.checkpoint.proof import Fingerprint
+    from compresso.kernels.lowrank import LowRank
 
 MOST_ROWS_SHOWN = 100
 # What an evaluation measures of each checkpoint: key, words, and how the value reads.
@@ -44,6 +45,8 @@ class Report:
     expected:    names of the tensors the output must hold.
     carried:     those of them that no module of the model takes, as in the source.
     files:       what else was written to the output: what it is -> file name.
+    adapter:     low-rank corrections of the output's linears, by path in the checkpoint; None if it
+                 has no adapter.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -54,6 +57,7 @@ class Report:
     expected: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, LowRank] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What is kept in `compresso.json` and printed by `--json`."""

@@ -2,7 +2,7 @@
 # Make .venv ready: `sh scripts/setup.sh [EXTRAS]`, with EXTRAS of pyproject.toml, comma-separated.
 # Needs Python 3.11 or newer with pip. Quick when there is nothing to do.
 set -eu
-extras=${1:-packed,plot}
+extras=${1:-packed,peft,plot}
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
 bin=$venv/bin

@@ -19,7 +19,10 @@ MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
 STAGES = CALIBRATION | {
     "quantize_settings",
+    "compensate_settings",
+    "heal_settings",
     "calibration",
+    "training",
     "recipe",
     "registry",
     "methods",
@@ -31,6 +34,7 @@ ALLOWED = {
     "checkpoint": CHECKPOINT,
     "models": MODELS,
     "calibration": CALIBRATION,
+    "training": CALIBRATION | {"calibration"},
     "stages": STAGES,
 }
 KERNEL_LIBRARIES = {
@@ -61,6 +65,8 @@ LIGHT = (
     "depth_settings",
     "fold_settings",
     "quantize_settings",
+    "compensate_settings",
+    "heal_settings",
     "registry",
     "config",
     "workspace",

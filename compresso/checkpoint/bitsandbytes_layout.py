@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compresso.checkpoint.directory import Load, TensorInfo
+from compresso.checkpoint.directory import TRANSPOSED, Load, TensorInfo
 from compresso.errors import CheckpointError
 from compresso.kernels.normal_float import (
     NESTED_BLOCK,
@@ -42,8 +42,6 @@ from compresso.kernels.normal_float import (
 
 METHOD = "bitsandbytes"
 STATE = ".weight.quant_state.bitsandbytes__"
-# Families whose dense checkpoints hold linears as (in, out).
-TRANSPOSED = ("gpt2",)
 
 
 def pack(path: str, codes: FloatCodes | IntegerCodes) -> dict[str, Tensor]:

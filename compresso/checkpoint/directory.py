@@ -21,6 +21,10 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 RECORD = "compresso.json"
 SINGLE = "model.safetensors"
+# A folder beside the weights, and what it holds: see adapter_folder.py.
+ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # The safetensors name of every type torch can hold.
 DTYPES = {
@@ -58,6 +62,8 @@ WEIGHT_SUFFIXES = (
     ".tflite",
 )
 INDEX_SUFFIXES = (".bin.index.json", ".safetensors.index.json")
+# Families whose dense checkpoints hold linears as (in, out), and the same restructured.
+TRANSPOSED = ("gpt2", "compresso_gpt2")
 # Left by git and by the hub's downloader; not part of a checkpoint.
 BOOKKEEPING = {".git", ".cache", "__pycache__"}
 
@@ -113,6 +119,12 @@ def open_shard(path: Path, *, hint: str = "copy or download it again") -> Iterat
         raise CheckpointError(f"`{path}` is damaged: {error}", hint=hint) from None
 
 
+def read_shard(path: Path, *, hint: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises as `open_shard`."""
+    with open_shard(path, hint=hint) as shard:
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - as below
+
+
 def read_infos(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint in `path`, sorted by name. Reads all headers, no data.
 
@@ -139,8 +151,15 @@ def read_infos(path: Path) -> dict[str, TensorInfo]:
     return dict(sorted(infos.items()))
 
 
+def has_adapter(path: Path) -> bool:
+    """Whether there is an adapter, or part of one, beside the checkpoint in `path`."""
+    return any((path / ADAPTER / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
 def carried_and_left_out(path: Path) -> tuple[dict[str, Path], list[str]]:
     """Sort the files that are neither weights in use nor rewritten by every stage.
+
+    An adapter is in use: no stage carries it, as what it corrects has changed.
 
     Returns the ones to carry byte for byte (name within the directory -> file), and the names
     of those that hold weights in some other form, which would be stale in an output.
@@ -149,7 +168,8 @@ def carried_and_left_out(path: Path) -> tuple[dict[str, Path], list[str]]:
     carried: dict[str, Path] = {}
     left_out: list[str] = []
     for folder, folders, files in os.walk(path):
-        folders[:] = sorted(set(folders) - BOOKKEEPING)
+        adapter = {ADAPTER} if Path(folder) == path and has_adapter(path) else set()
+        folders[:] = sorted(set(folders) - BOOKKEEPING - adapter)
         for file in sorted(files):
             name = (Path(folder) / file).relative_to(path).as_posix()
             if name in own:

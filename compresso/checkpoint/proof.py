@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.directory import ADAPTER, ADAPTER_WEIGHTS, has_adapter, read_shard
 from compresso.errors import GateError, ResourceError
 
 # Largest difference allowed, as a share of the largest logit. What the type's rounding can add up
@@ -63,6 +64,7 @@ class ProofReport:
     cache_difference: largest absolute difference of a logit generated with and without a cache.
     generated: tokens generated both ways before a near-tie, if any, ended the comparison. Both are
                None for a model that was run block by block, which cannot generate.
+    adapter:   what added the corrections of an adapter: `peft`, or `compresso`; None without one.
     """
 
     difference: float
@@ -70,6 +72,7 @@ class ProofReport:
     top_agreement: float
     cache_difference: float | None = None
     generated: int | None = None
+    adapter: str | None = None
 
 
 def prove(
@@ -82,6 +85,8 @@ def prove(
     carried: Collection[str] = (),
 ) -> ProofReport:
     """Reload a checkpoint with plain transformers and compare it with the model in memory.
+
+    An adapter beside it is put on by plain PEFT.
 
     The code that comes with restructured checkpoints needs no trust: importing compresso.models
     has made transformers know its classes.
@@ -100,9 +105,12 @@ def prove(
     with _quiet(), _blaming(path), torch.no_grad():
         model = _reload(path, carried, trust_remote_code=trust_remote_code)
         tolerance = max(TOLERANCE[dtype], *_kernels(model))
+        if corrected := has_adapter(path):
+            model = with_adapter(model, path)
+            _check_factors(model, path / ADAPTER)
         model(input_ids=fingerprint.tokens[:, :1])  # what is decoded then, is in its own type
-        for parameter in model.parameters():  # not the buffers: rotary tables stay float32
-            if parameter.is_floating_point():
+        for name, parameter in model.named_parameters():  # not buffers: rotary tables stay float32
+            if parameter.is_floating_point() and ".lora_" not in name:  # nor what PEFT has cast
                 parameter.data = parameter.data.to(dtype)
         if model.device != torch.device(device):
             model.to(device)
@@ -110,7 +118,8 @@ def prove(
         logits = model.eval()(input_ids=tokens).logits.float().cpu()
         found = compare(path, logits, fingerprint, tolerance)
         generated, cache_difference = _generate(path, model, tokens, tolerance)
-    return replace(found, generated=generated, cache_difference=cache_difference)
+    found = replace(found, generated=generated, cache_difference=cache_difference)
+    return replace(found, adapter="peft") if corrected else found
 
 
 def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) -> Any:
@@ -132,6 +141,27 @@ def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) ->
                 f"first `{min(names)}`"
             )
     return model
+
+
+def with_adapter(model: Any, path: Path) -> Any:
+    """A loaded model with the corrections that are beside it in `path`, put on by plain PEFT."""
+    from peft import PeftModel
+
+    if getattr(getattr(model.config, "quantization_config", None), "dequantize", None) is False:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # weights come with the first forward
+    return PeftModel.from_pretrained(model, path / ADAPTER)
+
+
+def _check_factors(model: Any, folder: Path) -> None:
+    """Raises GateError if PEFT took in other factors than are stored."""
+    from peft import get_peft_model_state_dict
+
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = read_shard(folder / ADAPTER_WEIGHTS, hint="write it again")
+    for name in sorted({*stored, *loaded}):
+        pair = [found[name].float().cpu() for found in (stored, loaded) if name in found]
+        if len(pair) < 2 or not torch.equal(*pair):
+            raise GateError(f"`{folder}` does not load as it is: PEFT has another `{name}`")
 
 
 def _kernels(model: Any) -> list[float]:

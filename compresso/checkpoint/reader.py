@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -13,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.adapter_folder import AdapterFolder, read_adapter
 from compresso.checkpoint.directory import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     CONFIG,
     RECORD,
+    TRANSPOSED,
     TensorInfo,
     carried_and_left_out,
+    has_adapter,
     open_shard,
     read_infos,
     read_json,
@@ -48,7 +54,8 @@ class Checkpoint:
     """A directory of safetensors shards that is never loaded as a whole.
 
     `names`, `info` and `load` see the tensors as they are stored. `weight_names`, `weight_info`
-    and `load_weights` see a dense model: a packed linear appears as its `<path>.weight`.
+    and `load_weights` see a dense model: a packed linear appears as its `<path>.weight`, and one
+    that an adapter corrects has the corrected weight.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,10 +65,10 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise CheckpointError(f"no checkpoint directory `{path}`")
-        if (path / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"`{path}` holds a PEFT adapter", hint="merge it into its base model first"
-            )
+        if (path / ADAPTER_CONFIG).is_file():
+            beside = has_adapter(path.parent) and path.name == ADAPTER
+            hint = f"pass `{path.parent}`, which it is part of" if beside else "merge it first"
+            raise CheckpointError(f"`{path}` holds a PEFT adapter", hint=hint)
         self.path = path
         self._infos = read_infos(path)
         self.config: dict[str, Any] = read_json(path / CONFIG)
@@ -100,20 +107,19 @@ class Checkpoint:
         return sorted([name for name in self._infos if name not in hidden] + dense)
 
     def weight_info(self, name: str) -> TensorInfo:
-        """Shape and type of a dense tensor; nbytes is what is stored for it, in all its parts."""
-        path = self._packed_path(name)
-        if path is None:
-            return self.info(name)
-        stored = [self.info(part) for part in self.packing.names(path)]
-        return TensorInfo(
-            shape=self.packing.shapes[path],
-            dtype=self.dtype,
-            nbytes=sum(part.nbytes for part in stored),
-            shard=stored[0].shard,
-        )
+        """Shape of a dense tensor, and its type without corrections.
+
+        nbytes is what is stored for it, in all its parts and with its correction.
+        """
+        info, correction = self._dense_info(name), 0
+        if self.adapter is not None:
+            correction = self.adapter.sizes.get(name.removesuffix(".weight"), 0)
+        return replace(info, nbytes=info.nbytes + correction)
 
     def load_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named dense tensors, on the CPU: packed ones decoded to `dtype`, others as stored.
+
+        A correction is added to that, in float32; such a tensor is float32, whatever its `dtype`.
 
         Raises CheckpointError if one is absent, is not float32, bfloat16 or float16, holds NaN
         or infinity, or is stored in a quantized form that compresso cannot decode.
@@ -127,6 +133,8 @@ class Checkpoint:
                     hint="weights must be float32, bfloat16 or float16",
                 )
         stored = self.load(part for name in wanted for part in self._stored(name))
+        adapter = self.adapter
+        corrections = adapter.load(n.removesuffix(".weight") for n in wanted) if adapter else {}
         weights: dict[str, Tensor] = {}
         for name in wanted:
             parts = {part: stored.pop(part) for part in self._stored(name)}
@@ -135,6 +143,9 @@ class Checkpoint:
                 weight = parts[name]
             else:
                 weight = self.packing.decode(path, parts).to(self.dtype)
+            if (correction := corrections.get(name.removesuffix(".weight"))) is not None:
+                product = correction.product()
+                weight = weight.float() + (product.T if self._transposed else product)
             if not _finite(weight):
                 raise CheckpointError(f"`{name}` in `{self.path}` holds NaN or infinity")
             weights[name] = weight
@@ -170,6 +181,14 @@ class Checkpoint:
         return packing_of(self.config, self._infos, self.load)
 
     @cached_property
+    def adapter(self) -> AdapterFolder | None:
+        """The corrections beside it; None if there are none.
+
+        Raises CheckpointError if they cannot be read, or are another checkpoint's.
+        """
+        return read_adapter(self.path, self._linear_shape)
+
+    @cached_property
     def provenance(self) -> dict[str, Any]:
         """How compresso made this checkpoint; empty if it did not."""
         path = self.path / RECORD
@@ -177,11 +196,17 @@ class Checkpoint:
 
     @cached_property
     def key(self) -> str:
-        """Identifies the contents: the recorded key, else a SHA-256 of config and shards."""
+        """Identifies the contents: the recorded key, else a SHA-256 of config and shards.
+
+        Of an adapter, too: the recorded key is that of the one that it was made with, if any.
+        """
+        adapter = self.adapter.key if self.adapter else None
         recorded = self.provenance.get("key")
         if isinstance(recorded, str):
-            return recorded
-        digest = hashlib.sha256()
+            if adapter == self.provenance.get(ADAPTER):
+                return recorded
+            return hashlib.sha256(f"{recorded} with adapter {adapter}".encode()).hexdigest()
+        digest = hashlib.sha256(adapter.encode() if adapter else b"")
         for name in (CONFIG, *sorted({info.shard for info in self._infos.values()})):
             with (self.path / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -189,8 +214,9 @@ class Checkpoint:
 
     @cached_property
     def stored_bytes(self) -> int:
-        """Bytes of all stored tensors: codes, scales and everything else."""
-        return sum(info.nbytes for info in self._infos.values())
+        """Bytes of all stored tensors: codes, scales, an adapter's factors and everything else."""
+        stored = sum(info.nbytes for info in self._infos.values())
+        return stored + (self.adapter.nbytes if self.adapter else 0)
 
     @cached_property
     def parameters(self) -> int:
@@ -204,14 +230,40 @@ class Checkpoint:
     def side_files(self) -> dict[str, Path]:
         """Every file to carry byte for byte, tokenizer and all: name within the directory -> file.
 
-        All but weights in any format and what every stage writes anew (config.json, the index,
-        compresso.json).
+        All but weights in any format, an adapter, and what every stage writes anew (config.json,
+        the index, compresso.json).
         """
         return carried_and_left_out(self.path)[0]
 
     def left_out_files(self) -> list[str]:
         """Files that hold weights but are not part of the checkpoint, such as other formats."""
         return carried_and_left_out(self.path)[1]
+
+    @property
+    def _transposed(self) -> bool:
+        return self.config["model_type"] in TRANSPOSED
+
+    def _linear_shape(self, path: str) -> tuple[int, int] | None:
+        """(out, in) of the linear that is stored under `path`; None if there is none."""
+        name = f"{path}.weight"
+        if name not in self._infos and self._packed_path(name) is None:
+            return None
+        shape = self._dense_info(name).shape
+        if len(shape) != 2:
+            return None
+        return (shape[1], shape[0]) if self._transposed else (shape[0], shape[1])
+
+    def _dense_info(self, name: str) -> TensorInfo:
+        path = self._packed_path(name)
+        if path is None:
+            return self.info(name)
+        stored = [self.info(part) for part in self.packing.names(path)]
+        return TensorInfo(
+            shape=self.packing.shapes[path],
+            dtype=self.dtype,
+            nbytes=sum(part.nbytes for part in stored),
+            shard=stored[0].shard,
+        )
 
     def _packed_path(self, name: str) -> str | None:
         """The linear whose weight a dense tensor is, if that is stored as codes."""

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +18,20 @@ from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
-from compresso.checkpoint.directory import CONFIG, INDEX, RECORD, open_shard
-from compresso.checkpoint.shard_file import write_safetensors
+from compresso.checkpoint.directory import CONFIG, INDEX, RECORD, open_shard, read_shard
+from compresso.checkpoint.shard_file import flush_directory, remove, write_safetensors
 from compresso.errors import CheckpointError, ResourceError
 
 STAMP = "key"
 TEMPORARY = ".tmp"
 PARTS = "model-*-of-*.safetensors"
 REPORTS = "report-{}.json"
+BESIDE = "beside-{}.safetensors"
 STATE = "state.json"
+WORK = "work"  # a directory, for what a stage computes once and needs until it is done
+# What stays until the checkpoint is published, besides parts.
+KEPT = (REPORTS.format("*"), BESIDE.format("*"), STATE, WORK)
+START_OVER = "pass `--fresh` to start over"
 
 
 class CheckpointWriter:
@@ -80,25 +85,46 @@ class CheckpointWriter:
 
         part: from 0. Raises CheckpointError if the part is damaged.
         """
-        path, report = self._path(part), self._report_path(part)
-        if not (path.exists() and report.exists()):
+        if not self._committed(part):
             return None
-        with open_shard(path, hint="pass `--fresh` to start over") as shard:
-            names = shard.keys()
-            tensors = {name: shard.get_tensor(name) for name in names}
-        return tensors, json.loads(report.read_bytes())
+        report = self._report_path(part)
+        return read_shard(self._path(part), hint=START_OVER), json.loads(report.read_bytes())
 
-    def commit(self, part: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+    def restore_beside(self, part: int) -> dict[str, Tensor] | None:
+        """What a part was committed with beside its tensors, or None if it is not committed.
+
+        part: from 0. Raises CheckpointError if it is damaged.
+        """
+        path = self._beside_path(part)
+        if not self._committed(part):
+            return None
+        return read_shard(path, hint=START_OVER) if path.exists() else {}
+
+    def commit(
+        self,
+        part: int,
+        tensors: dict[str, Tensor],
+        report: dict[str, Any],
+        *,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Store a part durably.
 
         part:    from 0. tensors: as they shall be stored, by their names in the checkpoint; may
                  be views, share memory or be on any device. Not modified. report: plain values.
+        beside:  likewise, what is to be known of the part until the checkpoint is published, but
+                 is no part of that.
 
         Raises ResourceError, and keeps the earlier parts, if the disk is full or read-only.
         """
         # Beside the shard, not in it: reports hold times, and a shard is to depend on its weights
         # alone. The shard comes last, as its presence says that the part is whole.
         self._write_json(self._report_path(part).name, report)
+        if beside:
+            with self._replacing(self._beside_path(part)) as file:
+                write_safetensors(file, dict(beside), {"format": "pt"})
+        else:  # of a commit that did not come to its shard
+            self._beside_path(part).unlink(missing_ok=True)
         with self._replacing(self._path(part)) as file:
             write_safetensors(file, tensors, {"format": "pt"})
 
@@ -169,24 +195,17 @@ class CheckpointWriter:
             if os.path.lexists(self.target):
                 raise CheckpointError(f"`{self.target}` already exists")
             os.rename(self.partial, self.target)
-            for name in (
-                REPORTS.format("*"),
-                STATE,
-                STAMP,
-            ):  # of no use to others, and no harm if left
+            for name in (*KEPT, STAMP):  # of no use to others, and no harm if left
                 for path in self.target.glob(name):
-                    path.unlink()
-            _flush_directory(self.target.parent)
+                    remove(path)
+            flush_directory(self.target.parent)
         self.close()
 
     def close(self) -> None:
         """Let another process continue; what was committed stays, and nothing if nothing was."""
-        if not self._stamp.closed and [path.name for path in self._left()] == [STAMP]:
+        if not self._stamp.closed and [path.name for path in self.partial.glob("*")] == [STAMP]:
             shutil.rmtree(self.partial)
         self._stamp.close()
-
-    def _left(self) -> list[Path]:
-        return list(self.partial.iterdir()) if self.partial.is_dir() else []
 
     def __enter__(self) -> Self:
         return self
@@ -199,10 +218,16 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
+    def _committed(self, part: int) -> bool:
+        return self._path(part).exists() and self._report_path(part).exists()
+
     def _path(self, part: int) -> Path:
         if not 0 <= part < self._parts:
             raise ValueError(f"part {part} of {self._parts}")
         return self.partial / f"model-{part + 1:05d}-of-{self._parts:05d}.safetensors"
+
+    def _beside_path(self, part: int) -> Path:
+        return self.partial / BESIDE.format(f"{part + 1:05d}")
 
     def _report_path(self, part: int) -> Path:
         return self.partial / REPORTS.format(f"{part + 1:05d}")
@@ -230,19 +255,16 @@ class CheckpointWriter:
                 hint="pass `--fresh` to throw it away, or give another `-o`",
             )
         for entry in self.partial.iterdir():
-            committed = any(entry.match(name) for name in (PARTS, REPORTS.format("*"), STATE))
+            committed = any(entry.match(name) for name in (PARTS, *KEPT))
             if entry.name == STAMP or (committed and not fresh):
                 continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            remove(entry)
         if found != stamp:
             self._stamp.truncate(0)
             self._stamp.write(stamp.encode())
             self._stamp.flush()
             os.fsync(self._stamp.fileno())
-        _flush_directory(self.partial.parent)
+        flush_directory(self.partial.parent)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         with self._replacing(self.partial / name) as file:
@@ -259,7 +281,7 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
-                _flush_directory(path.parent)
+                flush_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -273,12 +295,3 @@ class CheckpointWriter:
                 hint=f"what is done is kept in `{self.partial}`: make room, or give access, and "
                 "run the same command again",
             ) from error
-
-
-def _flush_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

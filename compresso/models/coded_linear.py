@@ -22,7 +22,40 @@ CPU_TILE = 2**17
 GPU_TILE = 2**25
 
 
-class CodedLinear(nn.Module):
+class DecodedWeight(Tensor):
+    """A weight that was decoded: to be read, as what changes it would not reach the codes.
+
+    So an adapter cannot be merged into it, and whoever tries is told. What is computed from it is
+    a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse what writes to it. In Python's own operators, too, that is called `add_` or so."""
+        given = kwargs or {}
+        name: str = func.__name__
+        whole: Any = Tensor.data
+        written = [given.get("out")]
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name == "__setitem__" or func == whole.__set__:
+            written.append(next(iter((*args, *given.values()))))
+        if any(isinstance(tensor, cls) for tensor in written):
+            raise RuntimeError(
+                "the weight of a CodedLinear cannot be changed, as it is stored as codes: an"
+                " adapter stays beside it and cannot be merged"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **given)
+            return found.as_subclass(cls) if func in (whole.__get__, Tensor.detach) else found
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A copy that can be changed."""
+        return self.as_subclass(Tensor).clone()
+
+
+class CodedLinear(nn.Linear):
     """Stands for a linear whose weight is stored as codes.
 
     The weight is decoded at the first forward and kept, as decoding takes longer than a product of
@@ -31,7 +64,8 @@ class CodedLinear(nn.Module):
     Codes, scales and zeros keep the types they are stored in, whatever type the model is loaded in
     or cast to, so the weight has the same values in all of them, cast last.
 
-    It is no `nn.Linear`: what would change the weight of one would change a copy here.
+    It is an `nn.Linear` so that others, such as PEFT, know it for a linear and can put an adapter
+    beside it. But it has no parameter `weight`, and what it shows as its weight cannot be changed.
 
     Of an (out, in) weight, whichever way round the linear it stands for has its own, there are
 
@@ -55,7 +89,7 @@ class CodedLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, kind: dict[str, Any]) -> None:
         """linear: whose place it takes, bias included. kind: as above."""
-        super().__init__()
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight
         self.out_features, self.in_features = out_and_in(linear)
         self.kind = kind
         affine = kind["kind"] == "affine"
@@ -79,11 +113,13 @@ class CodedLinear(nn.Module):
             self._register("zero", (groups, words), torch.int32)
         self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         self._kept: Tensor | None = None
+        self._is_hf_initialized = True  # transformers would draw random weights
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> DecodedWeight:  # type: ignore[override]
         """The weight, (out, in): that of the last forward, or else of the type it is stored for."""
-        return self._weight(self._stored_for if self._kept is None else self._kept.dtype)
+        dtype = self._stored_for if self._kept is None else self._kept.dtype
+        return self._weight(dtype).as_subclass(DecodedWeight)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -141,6 +177,10 @@ class CodedLinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), exact:
                 kept = self._kept = self.decode().to(dtype)
         return kept
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move as any module moves, but cast nothing that the codes need."""

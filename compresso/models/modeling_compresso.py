@@ -83,8 +83,16 @@ class SharedLinear(nn.Module):
         return self.linear.bias  # type: ignore[return-value]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the linear answers, without the correction that its own block may add."""
-        output: Tensor = self.linear.forward(inputs)
+        """What the linear answers, without the correction that its own block may add.
+
+        If the linear is wrapped, such as by PEFT, what the wrapper adds is part of the answer.
+        """
+        linear = owner = self.linear
+        while (wrapped := getattr(owner, "base_layer", None)) is not None:
+            owner = wrapped
+        if owner is not linear:
+            return _uncorrected(linear, owner, inputs)
+        output: Tensor = linear.forward(inputs)
         return output
 
 
@@ -135,12 +143,24 @@ def correct_linears(block: nn.Module, paths: Iterable[str], rank: int) -> None:
         rows, columns = out_and_in(real)
         linear.correction_down = Factor(columns, rank)
         linear.correction_up = Factor(rank, rows, bias=real.bias is not None)
-        # A hook leaves the linear of the class that quantizers look for, and what `SharedLinear`
-        # calls without its correction.
+        # A hook leaves the linear of the class that quantizers look for, and `SharedLinear` can do
+        # without it.
         linear.register_forward_hook(_add_correction)
 
 
+def _uncorrected(wrapper: nn.Module, linear: nn.Module, inputs: Tensor) -> Tensor:
+    """What `wrapper` answers when the linear in it leaves its correction out."""
+    linear.is_lent = True  # type: ignore[assignment]
+    try:
+        output: Tensor = wrapper.forward(inputs)
+    finally:
+        linear.is_lent = False  # type: ignore[assignment]
+    return output
+
+
 def _add_correction(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    if getattr(linear, "is_lent", False):
+        return output
     correction: Tensor = linear.correction_up(linear.correction_down(inputs[0]))  # type: ignore[operator]
     return output + correction
 
@@ -203,6 +223,10 @@ def _model_class(name: str, stock: Any, config_class: type) -> type:
             )
         if not config.compresso:
             raise ValueError(f"the config of {name} has no `compresso`")
+        if "coded" in config.compresso and getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"the linears of this {name} are codes: they cannot be quantized again"
+            )
         stock.__init__(self, config, *args, **kwargs)
         restructure_model(self, config.compresso)
         _read_old_names(name, stock)

@@ -41,6 +41,20 @@ def stored_names(model: PreTrainedModel, family: Family, source: Checkpoint) -> 
     return found
 
 
+def linear_modules(model: PreTrainedModel, family: Family, source: Checkpoint) -> dict[str, str]:
+    """Path in the checkpoint of every linear that has weights -> its path in transformers.
+
+    Linears are those that a family names, and a head with weights of its own.
+    """
+    tied = f"{family.head}.weight" in model.all_tied_weights_keys
+    ends = tuple(f".{path}.weight" for path in family.all_linears)
+    return {
+        stored.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, stored in stored_names(model, family, source).items()
+        if name.endswith(ends) or (name == f"{family.head}.weight" and not tied)
+    }
+
+
 def _old_name(name: str, family: Family) -> str:
     for module, old in family.old_names:
         if name.startswith(f"{module}."):

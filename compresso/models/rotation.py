@@ -107,6 +107,15 @@ class RotatedCheckpoint(Checkpoint):
         """Identifies the contents: by the source's key and the seed."""
         return hashlib.sha256(f"{self._source.key} rotated {self._seed}".encode()).hexdigest()
 
+    @property
+    def plain(self) -> Checkpoint:
+        """The checkpoint that this is a view of."""
+        return self._source
+
+    @cached_property
+    def adapter(self) -> None:
+        """What corrects the source is in the weights already."""
+
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors of the rotated model, on the CPU.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,6 +219,12 @@ def _speed(
     runtime: Runtime,
     report: Report,
 ) -> dict[str, Any]:
+    if checkpoint.adapter is not None and importlib.util.find_spec("peft") is None:
+        report.warnings.append(
+            f"`{checkpoint.path}`: speed not measured, as package `peft`, which runs its adapter,"
+            " is not installed: pip install 'compresso-llm[peft]'"
+        )
+        return {}
     # Packed weights are unpacked when they run, so a model needs its dense size.
     needed = int(1.3 * checkpoint.parameters * checkpoint.dtype.itemsize)
     free = free_memory()

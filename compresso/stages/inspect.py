@@ -14,6 +14,7 @@ from compresso.models.adapter import ModelAdapter
 from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table
+from compresso.runtime import format_bytes
 
 MOST_NAMES_SHOWN = 10
 
@@ -21,7 +22,7 @@ MOST_NAMES_SHOWN = 10
 def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Everything there is to say about a checkpoint, as plain values.
 
-    Sizes are of stored bytes: codes, scales, zero points and everything else.
+    Sizes are of stored bytes: codes, scales, zero points, an adapter and everything else.
 
     Raises CheckpointError if the checkpoint does not hold what its config.json promises.
     """
@@ -37,6 +38,7 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
         "bits_per_weight": stored * 8 / parameters,
         "tensors": len(source.weight_names()),
         **_packed(source),
+        **_adapter(source),
         "left_out_files": source.left_out_files(),
         "history": _history(source),
     }
@@ -54,6 +56,11 @@ def print_inspection(found: dict[str, Any]) -> None:
         if len(names) > MOST_NAMES_SHOWN:
             shown[key] = [*names[:MOST_NAMES_SHOWN], f"and {len(names) - MOST_NAMES_SHOWN} more"]
     shown |= _packed_rows(found["packed"])
+    if adapter := found.get("adapter"):
+        low, high = adapter["lowest_rank"], adapter["highest_rank"]
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        size = format_bytes(adapter["bytes"])
+        shown["adapter"] = f"{adapter['linears']} linears, {ranks}, {size}"
     if not found["packed"]:
         shown["packed"] = "none: all weights are dense"
     console.print(summary_table(shown, "checkpoint"))
@@ -111,10 +118,26 @@ def _packed(source: Checkpoint) -> dict[str, Any]:
         "packed": [{"linears": count, **kind} for kind, count in zip(kinds, counts, strict=True)]
     }
     if kinds:
-        infos = [source.weight_info(f"{path}.weight") for path in packing.shapes]
-        weights = sum(prod(info.shape) for info in infos)
-        found["packed_bits_per_weight"] = sum(info.nbytes for info in infos) * 8 / weights
+        stored = sum(source.info(n).nbytes for path in packing.shapes for n in packing.names(path))
+        weights = sum(prod(shape) for shape in packing.shapes.values())
+        found["packed_bits_per_weight"] = stored * 8 / weights
     return found
+
+
+def _adapter(source: Checkpoint) -> dict[str, Any]:
+    """What there is of corrections beside the weights; nothing if there are none."""
+    adapter = source.adapter
+    if adapter is None:
+        return {}
+    ranks = adapter.ranks.values()
+    return {
+        "adapter": {
+            "linears": len(ranks),
+            "lowest_rank": min(ranks),
+            "highest_rank": max(ranks),
+            "bytes": adapter.nbytes,
+        }
+    }
 
 
 def _packed_rows(entries: list[dict[str, Any]]) -> dict[str, str]:

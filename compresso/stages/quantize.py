@@ -16,6 +16,7 @@ from compresso.calibration.originals import Originals
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.checkpoint.merged import merged
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
@@ -40,7 +41,7 @@ def quantize(
     target: CheckpointWriter,
     runtime: Runtime,
 ) -> Report:
-    """Replace each block's linear weights by codes.
+    """Replace each block's linear weights by codes. The corrections of an adapter are added before.
 
     Blocks are quantized in order, and within a block the input groups, each calibrated on the
     outputs of what was quantized before it. With a target, how many bits each group gets is chosen
@@ -55,6 +56,7 @@ def quantize(
     calibration tokens, in the original model too if need be, up to the memory budget.
     """
     settings = step.settings
+    source = merged(source)
     if settings.rotate:
         source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)

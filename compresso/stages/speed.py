@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.directory import has_adapter
+from compresso.checkpoint.proof import with_adapter
 from compresso.errors import ResourceError
 from compresso.runtime import peak_memory
 
@@ -22,7 +24,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured in a process of its own, which loads the checkpoint with plain transformers.
+    """Measured in a process of its own, which loads the checkpoint as its users would.
 
     prefill:     tokens per second of one forward pass over the prompt; best of three.
     decode:      tokens per second of greedy generation after the prompt; best of three.
@@ -88,6 +90,8 @@ def _measure(
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", trust_remote_code=trust_remote_code
     )
+    if has_adapter(Path(path)):
+        model = with_adapter(model, Path(path))
     model.to(device).eval()
     prompt = torch.tensor(prompt_ids, device=device)
     with torch.inference_mode():

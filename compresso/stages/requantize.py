@@ -1,0 +1,3 @@
+"""Choose new codes together with corrections."""
+def requantize(): 
+    """x"""
