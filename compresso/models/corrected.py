@@ -33,9 +33,7 @@ class CorrectedCheckpoint(Checkpoint):
         """
         super().__init__(source.path)
         structure = replace(structure_of(source.config), rank=rank, corrected=tuple(corrected))
-        self.config = restructure(
-            source.config, structure, coded=coding_of(source.config)
-        )
+        self.config = restructure(source.config, structure, coded=coding_of(source.config))
         family = family_of(source.config["model_type"])
         dtype = source.dtype
         self._infos = {name: info for name, info in self._infos.items() if not is_factor(name)}
