@@ -76,9 +76,7 @@ def test_a_worse_turn_ends_it_and_is_not_kept():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_leaves_nothing_after_one_turn(shape, weighted):
     """Whatever the codes are."""
-    found = run(
-        matrix(shape), rank=min(shape), turns=1, fisher=fisher(shape) if weighted else None
-    )
+    found = run(matrix(shape), rank=min(shape), turns=1, fisher=fisher(shape) if weighted else None)
     assert found.error < 1e-10
     assert found.factors.up.shape == (shape[0], min(shape))
 
