@@ -201,16 +201,13 @@ def _parameter(records: dict[str, type], field: str, note: str, panel: str) -> i
     record = next(iter(records.values()))
     description, default = describe(record, field)
     kind, choices = _plain_type(get_type_hints(record)[field])
-    shown: bool | str = False
     declared = FLAGS.get(field, flag(field))
     if kind is bool and default is not False and "/" not in declared:
         declared = f"{declared}/--no-{declared.removeprefix('--')}"
-    if default is not None and default != () and kind in (bool, int, float, str):
-        shown = _defaults(records, field)
     option = typer.Option(
         declared,
         help=f"{description} {note}".strip(),
-        show_default=shown,
+        show_default=_defaults(records, field) or False,
         metavar="|".join(choices) or BLOCK_LISTS.get(field),
         rich_help_panel=panel,
     )
@@ -219,14 +216,16 @@ def _parameter(records: dict[str, type], field: str, note: str, panel: str) -> i
 
 
 def _defaults(records: dict[str, type], field: str) -> str:
-    """The default of a field, and of which methods it is another."""
+    """The default of a field, and of which methods it is another; empty if it has none."""
     methods: dict[str, list[str]] = {}
     for method, record in records.items():
         default = describe(record, field)[1]
-        word = str(default).lower() if isinstance(default, bool) else str(default)
-        methods.setdefault(word, []).append(method)
-    first, *others = methods
-    return "; ".join([first, *(f"{word} for {_listed(methods[word])}" for word in others)])
+        if isinstance(default, bool | int | float | str):
+            word = str(default).lower() if isinstance(default, bool) else str(default)
+            methods.setdefault(word, []).append(method)
+    alike = len(methods) == 1 and [*records] == next(iter(methods.values()))
+    words = [word if alike else f"{word} for {_listed(methods[word])}" for word in methods]
+    return "; ".join(words)
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
