@@ -150,6 +150,16 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines + [line(name, rows) for name in order]) + "\n"
 
 
+def curve(path: Path) -> tuple[list[int], list[float]]:
+    """Tokens trained on, and the share that was recovered by then, on the stage's own text."""
+    summary = Checkpoint(path).provenance["report"]["summary"]
+    best, lost = log(summary["ppl_original"]), log(summary["ppl_unhealed"])
+    with (path / "training.csv").open() as file:
+        measured = [row for row in csv.DictReader(file) if row["heldout_ppl"]]
+    losses = [log(float(row["heldout_ppl"])) for row in measured]
+    return [int(row["tokens"]) for row in measured], [(lost - x) / (lost - best) for x in losses]
+
+
 def draw(rows: dict[str, Any], out: Path) -> None:
     """Held-out share recovered against tokens, a panel per base, a line per way to heal."""
     from matplotlib.figure import Figure
@@ -162,14 +172,9 @@ def draw(rows: dict[str, Any], out: Path) -> None:
     panels = figure.subplots(1, len(bases), squeeze=False, sharey=True)[0]
     for panel, base in zip(panels, bases, strict=True):
         for name in (name for name in healed if rows[name]["base"] == base):
-            with (place(out, name) / "training.csv").open() as file:
-                measured = [row for row in csv.DictReader(file) if row.get("heldout_recovered")]
-            panel.plot(
-                [int(row["tokens"]) for row in measured],
-                [float(row["heldout_recovered"]) for row in measured],
-                "--" if name.endswith("distilled") else "-",
-                label=name.removeprefix(f"{base} + "),
-            )
+            tokens, shares = curve(place(out, name))
+            style = "--" if name.endswith("distilled") else "-"
+            panel.plot(tokens, shares, style, label=name.removeprefix(f"{base} + "))
         panel.set_title(base, loc="left")
         panel.set_xlabel("tokens trained on")
         panel.grid(alpha=0.25)
