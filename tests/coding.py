@@ -46,8 +46,11 @@ def vector(size: int = 256, dimension: int = 2, most: int = 1024) -> Make:
     return make
 
 
-def affine(bits: int = 3, group_size: int = 32) -> Make:
-    """Makes codes with zeros that are not whole; group_size: -1 for the whole row."""
+def affine(bits: int = 3, group_size: int = 32, zeros: torch.dtype | None = None) -> Make:
+    """Makes codes with zeros that are not whole; group_size: -1 for the whole row.
+
+    zeros: the type they are stored in, if that is another than that of the scales.
+    """
 
     def make(rows: int, columns: int, dtype: torch.dtype, seed: int) -> AffineCodes:
         generator = torch.Generator().manual_seed(seed)
@@ -55,7 +58,8 @@ def affine(bits: int = 3, group_size: int = 32) -> Make:
         codes = torch.randint(0, 2**bits, (rows, columns), generator=generator)
         zero = torch.randn(rows, groups, generator=generator) + 2 ** (bits - 1)
         scale = scales((rows, groups), dtype, seed, 2**bits)
-        return AffineCodes(codes.to(torch.uint8), scale, zero.to(dtype).float(), bits, dtype)
+        zero = zero.to(zeros or dtype).float()
+        return AffineCodes(codes.to(torch.uint8), scale, zero, bits, dtype, zeros)
 
     return make
 
@@ -82,6 +86,8 @@ KINDS: dict[str, Make] = {
     "3 bits": affine(3),
     "8 bits": affine(8, 16),
     "5 bits a row": affine(5, -1),
+    "float16 zeros": affine(2, 32, torch.float16),
+    "float32 zeros": affine(4, 32, torch.float32),
     "uniform": uniform(2),
 }
 

@@ -5,7 +5,7 @@ compressed-tensors has no layout for these. A linear `<path>` of shape (rows, co
     <path>.weight_codes  int32 (rows, words): the codes of each row as one bit stream, as pack_rows
                          lays it out
     <path>.weight_scale  `dtype` (rows, groups)
-    <path>.weight_zero   `dtype` (rows, groups), if affine
+    <path>.weight_zero   `zero_dtype`, which is `dtype` unless given, (rows, groups), if affine
 
 and what they mean stands in config.json, each kind of coding once:
 
@@ -15,7 +15,8 @@ and what they mean stands in config.json, each kind of coding once:
       "coded_kinds": {
         "p2n256-1024": {"kind": "vector", "dtype": "bfloat16", "block": 1024,
                         "points": [[...], ...]},
-        "b3g64": {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64}
+        "b3g64": {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64},
+        "b2g64-float16-zeros": {"kind": "affine", "dtype": "bfloat16", "zero_dtype": "float16", ...}
       }
     }
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from compresso.checkpoint.directory import Load, TensorInfo
 from compresso.checkpoint.layout import SCALES, module_of
 from compresso.errors import CheckpointError
-from compresso.kernels.grid import Packed
+from compresso.kernels.grid import Grid, Packed
 from compresso.kernels.higgs import VectorCodes
 from compresso.kernels.hqq import AffineCodes
 from compresso.kernels.packing import pack_rows, unpack_rows
@@ -82,13 +83,12 @@ def pack(path: str, codes: Codes) -> dict[str, Tensor]:
     Raises ValueError if the type they are to be stored in does not hold the scales or zeros.
     """
     grid = codes.grid if isinstance(codes, Packed) else codes
-    exact = {"weight_scale": grid.scale}
+    exact = {"weight_scale": (grid.scale, grid.dtype)}
     if not isinstance(grid, VectorCodes):
-        exact["weight_zero"] = grid.zero
-    dtype = grid.dtype
+        exact["weight_zero"] = (grid.zero, _zeros_in(grid))
     _, kind = _kind_of(codes)
     tensors = {f"{path}{ENDING}": pack_rows(codes.codes, _sizes(kind)[2])}
-    for name, values in exact.items():
+    for name, (values, dtype) in exact.items():
         stored = values.to(dtype).contiguous()
         if not torch.equal(stored.float(), values.float()):
             raise ValueError(f"`{path}.{name}` is not exact in {dtype}")
@@ -165,24 +165,32 @@ class Coded:
 
         Raises CheckpointError if a code stands for nothing.
         """
+        weight = self._codes(path, parts).decode()
+        return weight.T.contiguous() if self._kind(path).get("transposed") else weight
+
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | None:
+        """Its codes, of (out, in) weights, if they are affine. parts: as `decode` takes them."""
+        if self._kind(path)["kind"] != "affine":
+            return None
+        found = self._codes(path, parts)
+        assert isinstance(found, AffineCodes)
+        return found
+
+    def _codes(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | VectorCodes:
         kind = self._kind(path)
         group, weights, bits = _sizes(kind)
         scale = parts[f"{path}.weight_scale"]
         codes = unpack_rows(parts[f"{path}{ENDING}"], bits, scale.shape[1] * group // weights)
-        found: Codes
         if kind["kind"] == "affine":
-            zero = parts[f"{path}.weight_zero"].float()
-            found = AffineCodes(codes, scale.float(), zero, bits, scale.dtype)
-        else:
-            grid = VectorGrid(torch.tensor(kind["points"], dtype=torch.float32))
-            if int(codes.max()) >= grid.size:
-                raise CheckpointError(
-                    f"`{path}` holds the code {int(codes.max())} of {grid.size} points",
-                    hint="copy or download the checkpoint again",
-                )
-            found = VectorCodes(codes, scale.float(), grid, group, scale.dtype)
-        weight = found.decode()
-        return weight.T.contiguous() if kind.get("transposed") else weight
+            zero = parts[f"{path}.weight_zero"]
+            return AffineCodes(codes, scale.float(), zero.float(), bits, scale.dtype, zero.dtype)
+        grid = VectorGrid(torch.tensor(kind["points"], dtype=torch.float32))
+        if int(codes.max()) >= grid.size:
+            raise CheckpointError(
+                f"`{path}` holds the code {int(codes.max())} of {grid.size} points",
+                hint="copy or download the checkpoint again",
+            )
+        return VectorCodes(codes, scale.float(), grid, group, scale.dtype)
 
     def kind(self, path: str) -> dict[str, Any]:
         """How it is stored, in plain values."""
@@ -203,10 +211,14 @@ class Coded:
         group, weights, bits = _sizes(kind)
         columns = groups * group
         words = -(-columns // weights * bits // 32)
-        dtype = DTYPES[kind["dtype"]]
+        types = {
+            ENDING: torch.int32,
+            ".weight_scale": DTYPES[kind["dtype"]],
+            ".weight_zero": DTYPES[str(kind.get("zero_dtype", kind["dtype"]))],
+        }
         for name in self.names(path):
-            codes = name.endswith(ENDING)
-            shape, stored = (rows, words if codes else groups), torch.int32 if codes else dtype
+            part = name.removeprefix(path)
+            shape, stored = (rows, words if part == ENDING else groups), types[part]
             info = infos[name]
             if info.shape != shape or info.dtype != stored:
                 raise CheckpointError(
@@ -220,7 +232,8 @@ def _check_kind(name: str, kind: Kind) -> None:
     """Raises CheckpointError if it is not one that can be decoded."""
     try:
         sizes = (*_sizes(kind), *{len(point) for point in kind.get("points", ())})
-        known = kind["dtype"] in DTYPES and kind["kind"] in ("affine", "vector")
+        types = {kind["dtype"], kind.get("zero_dtype", kind["dtype"])}
+        known = types <= {*DTYPES} and kind["kind"] in ("affine", "vector")
     except (LookupError, TypeError, AttributeError):
         known, sizes = False, ()
     if not known or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -245,5 +258,12 @@ def _kind_of(codes: Codes) -> tuple[str, Kind]:
         return f"{codes.grid.name}-{codes.block}", kind
     grid = codes.grid if isinstance(codes, Packed) else codes
     size = codes.codes.shape[1] // grid.scale.shape[1]
-    kind = {"kind": "affine", **stored, "bits": grid.bits, "group_size": size}
-    return f"b{grid.bits}g{size}", kind
+    name = f"b{grid.bits}g{size}"
+    if (zeros := _zeros_in(grid)) != dtype:
+        stored["zero_dtype"] = str(zeros).removeprefix("torch.")
+        name += f"-{stored['zero_dtype']}-zeros"
+    return name, {"kind": "affine", **stored, "bits": grid.bits, "group_size": size}
+
+
+def _zeros_in(grid: Grid | AffineCodes) -> torch.dtype:
+    return grid.zeros_in if isinstance(grid, AffineCodes) else grid.dtype

@@ -22,9 +22,10 @@ class AffineCodes:
 
     codes: (rows, columns) uint8, from 0 to 2**bits - 1.
     scale: (rows, groups) float32, values that `dtype` holds exactly; never 0.
-    zero:  (rows, groups) float32, values that `dtype` holds exactly; of either sign.
+    zero:  (rows, groups) float32, values that `zeros_in` holds exactly; of either sign.
     bits:  bits of a code.
     dtype: the type scales and zeros are stored in, and decoded weights are rounded to.
+    zero_dtype: the type zeros are stored in, if that is another.
     """
 
     codes: Tensor
@@ -32,6 +33,12 @@ class AffineCodes:
     zero: Tensor
     bits: int
     dtype: torch.dtype
+    zero_dtype: torch.dtype | None = None
+
+    @property
+    def zeros_in(self) -> torch.dtype:
+        """The type that zeros are stored in."""
+        return self.zero_dtype or self.dtype
 
     def decode(self) -> Tensor:
         """The weights, (rows, columns) float32, equal to what a reader of the stored form gets.
@@ -47,7 +54,7 @@ class AffineCodes:
         parts = zip(
             self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True
         )
-        return [AffineCodes(*part, self.bits, self.dtype) for part in parts]
+        return [AffineCodes(*part, self.bits, self.dtype, self.zero_dtype) for part in parts]
 
 
 def quantize(

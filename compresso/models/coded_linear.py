@@ -3,7 +3,7 @@
 This file is part of every checkpoint that modeling_compresso.py runs. What the codes mean stands in
 config.json, in one of two forms:
 
-    {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64}
+    {"kind": "affine", "dtype": "bfloat16", "zero_dtype": "float16", "bits": 3, "group_size": 64}
     {"kind": "vector", "dtype": "bfloat16", "block": 64, "points": [[0.5, 1.25], ...]}
 """
 
@@ -96,8 +96,11 @@ class CodedLinear(nn.Linear):
         )
         # transformers loads buffers in the types that they have here.
         self.register_buffer("weight_codes", words)
-        for name in ("weight_scale", "weight_zero") if affine else ("weight_scale",):
-            values = torch.zeros(self.out_features, groups, dtype=getattr(torch, kind["dtype"]))
+        types = {"weight_scale": kind["dtype"]}
+        if affine:  # zeros are of the same type unless another is given
+            types["weight_zero"] = kind.get("zero_dtype", kind["dtype"])
+        for name, dtype in types.items():
+            values = torch.zeros(self.out_features, groups, dtype=getattr(torch, dtype))
             self.register_buffer(name, values)
         self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         self._kept: Tensor | None = None
