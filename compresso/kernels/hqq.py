@@ -24,12 +24,14 @@ class AffineCodes:
 
     codes: (rows, columns) uint8, from 0 to 2**bits - 1.
     scale: (rows, groups) float32, values that can be stored: see `storable`; never 0.
-    zero:  (rows, groups) float32, of either sign, values that `dtype` holds exactly or `zero_bits`.
+    zero:  (rows, groups) float32, of either sign, values that `zeros_in` holds exactly or
+           `zero_bits`.
     bits:  bits of a code.
     dtype: the type scales and zeros are stored in, and decoded weights are rounded to.
     row_scale: (rows, 1) float32, by `row_scale_of`, if scales are stored in 8 bits.
     zero_bits: of a zero that is stored as a whole number of parts of a code, 2**(bits - zero_bits)
-           each, from 0 on; None for zeros in `dtype`.
+           each, from 0 on; None for zeros in `zeros_in`.
+    zero_dtype: the type zeros are stored in, if that is another than `dtype`.
     """
 
     codes: Tensor
@@ -39,6 +41,12 @@ class AffineCodes:
     dtype: torch.dtype
     row_scale: Tensor | None = None
     zero_bits: int | None = None
+    zero_dtype: torch.dtype | None = None
+
+    @property
+    def zeros_in(self) -> torch.dtype:
+        """The type that zeros are stored in which are not parts of a code."""
+        return self.zero_dtype or self.dtype
 
     def decode(self) -> Tensor:
         """The weights, (rows, columns) float32, equal to what a reader of the stored form gets.

@@ -55,8 +55,7 @@ def quantize(
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens, in the original model too if need be, up to the memory budget.
     """
-    settings = step.settings
-    source = merged(source)
+    settings, source = step.settings, merged(source)
     if settings.rotate:
         source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)
