@@ -21,7 +21,7 @@ ScaleBits = Annotated[
     Literal[8, 16],
     limit(
         description="Bits of a scale: 8 are parts of one scale per row, stored in compresso's own"
-        " layout. Of `nf4` 32, or 8 in its own form."
+        " layout. Those of `nf4` are float32, or 8 in its own form."
     ),
 ]
 Symmetric = Annotated[
@@ -278,8 +278,8 @@ class Nf4Settings(LinearChoice):
         limit(description="Weights sharing one scale."),
     ] = 64
     scale_bits: Annotated[
-        Literal[8, 32], limit(description="Bits of a scale: 8 is double quantization.")
-    ] = 32
+        Literal[8] | None, limit(description="Bits of a scale: 8 is double quantization.")
+    ] = None
 
 
 @settings
