@@ -76,21 +76,6 @@ def ways(mixed: int) -> dict[str, list[str]]:
         }
         found |= {name: options.split() for name, options in more.items()}
     more = {
-<<<<<<< HEAD
-=======
-        "gptq match 2 bits g64": "--method gptq --bits 2 --match 0.5",
-        "gptq match 3 bits g64": "--method gptq --bits 3 --match 0.5",
-        "gptq+higgs match p4 2 bits": "--method gptq+higgs --bits 2 --match 0.5",
-        "gptq+higgs match p2 3 bits": "--method gptq+higgs --bits 3 --match 0.5",
-        "gptq+higgs match mixed 2.25 bits": "--method gptq+higgs --target-bits 2.25 --match 0.5",
-        "gptq+higgs match mixed 3.25 bits": "--method gptq+higgs --target-bits 3.25 --match 0.5",
-        "gptq 2 bits g16 s8": "--method gptq --bits 2 --group-size 16 --scale-bits 8",
-        "gptq 2 bits g32 s8": "--method gptq --bits 2 --group-size 32 --scale-bits 8",
-        "gptq 2 bits g64 s8": "--method gptq --bits 2 --scale-bits 8",
-        "gptq 4 bits g32 s8": "--method gptq --bits 4 --group-size 32 --scale-bits 8",
-        "gptq+higgs p4 2 bits b64 s8": "--method gptq+higgs --bits 2 --hadamard 64 --scale-bits 8",
-        "hqq 2 bits g64 s8": "--method hqq --bits 2 --scale-bits 8",
->>>>>>> 380fde831e2b8d7a108d8c31d6d995e8d527aef0
         "nf4": "--method nf4",
         "nf4 double": "--method nf4 --scale-bits 8",
         "gptq 8-bit scales 2 bits g32": "--method gptq --bits 2 --group-size 32 --scale-bits 8",
