@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal, Self
 
-from compresso.config import limit, settings
+from compresso.config import checked, limit, settings
+
+DEFAULT_RANK = 16
+ADDED = r"\+\s*\d+(\.\d+)?\s*(%|[KMGTkmgt]?[Ii]?[Bb]?)"
+
+Rank = Annotated[int, limit(ge=1, description="Rank of every correction.")]
+Turns = Annotated[
+    int, limit(ge=1, description="Most turns of factors and codes; the best one is kept.")
+]
 
 
 @settings
@@ -15,7 +24,12 @@ class CompensateSettings:
         str | None,
         limit(description="The model to come near to; else the recorded ancestor."),
     ] = None
-    rank: Annotated[int, limit(ge=1, description="Rank of every correction.")] = 16
+
+
+@settings
+class MergeableSettings(CompensateSettings):
+    """Corrections that can be added to the weights."""
+
     merge: Annotated[
         bool | None,
         limit(
@@ -23,29 +37,127 @@ class CompensateSettings:
             " them. Done where the weights are dense, if not given."
         ),
     ] = None
-    seed: Annotated[int, limit(ge=0, description="Seed of every random choice.")] = 0
 
 
 @settings
-class EoraSettings(CompensateSettings):
+class EoraSettings(MergeableSettings):
     """The correction that leaves the least error of every linear's output. No training."""
+
+    rank: Annotated[
+        int | None,
+        limit(
+            ge=1,
+            description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size.",
+        ),
+    ] = None
+    size: Annotated[
+        str | None,
+        limit(
+            description="Bytes to add, such as `+2MB`, or `+5%` of what is stored; ranks are"
+            " higher where they help more."
+        ),
+    ] = None
+    match: Annotated[
+        float,
+        limit(
+            ge=0,
+            le=1,
+            description="Correct, by this much, what blocks before lost, too; 0: only what every"
+            " linear loses itself.",
+        ),
+    ] = 0.0
+    weighted: Annotated[
+        bool,
+        limit(description="Fit corrections to the outputs on calibration text, not to weights."),
+    ] = True
+
+    @checked
+    def _check(self) -> Self:
+        if self.rank is not None and self.size is not None:
+            raise ValueError("give only one of `rank`, `size`")
+        if self.size is not None and not re.fullmatch(ADDED, self.size.strip()):
+            raise ValueError(f"`size` is what to add, such as `+5%` or `+2MB`, not `{self.size}`")
+        if self.match and not self.weighted:
+            raise ValueError("`match` needs `weighted`")
+        return self
 
 
 @settings
 class LqLoraSettings(CompensateSettings):
     """Codes and a correction that are found in turns."""
 
+    rank: Rank = DEFAULT_RANK
+    turns: Turns = 20
+    fisher: Annotated[
+        bool, limit(description="Weigh rows and columns by the loss's squared gradients.")
+    ] = True
+
 
 @settings
 class LoftqSettings(CompensateSettings):
     """Codes and a correction in turns, of the weights alone: a baseline. Needs no data."""
 
+    rank: Rank = DEFAULT_RANK
+    turns: Turns = 5
+
 
 @settings
-class RilqSettings(CompensateSettings):
-    """Corrections trained together on what the whole model says."""
+class RilqSettings(MergeableSettings):
+    """Corrections trained together on the states that the original's head reads."""
+
+    rank: Rank = DEFAULT_RANK
+    start: Annotated[
+        Literal["gaussian", "eora"],
+        limit(description="What corrections begin as: nothing, or what `eora` finds."),
+    ] = "gaussian"
+    pooled: Annotated[
+        bool,
+        limit(
+            description="Let corrections see sums over quantization groups, so that they are merged"
+            " into zero points: no adapter is left."
+        ),
+    ] = False
+    next_token: Annotated[
+        float,
+        limit(ge=0, lt=1, description="What the next token counts; the original counts the rest."),
+    ] = 0.5
+    steps: Annotated[int, limit(ge=1, description="Steps of the optimizer, at most.")] = 300
+    sequences: Annotated[int, limit(ge=1, description="Sequences per step of the optimizer.")] = 8
+    rate: Annotated[float, limit(gt=0, description="Largest learning rate.")] = 1e-3
+    warmup: Annotated[
+        float, limit(ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    ] = 0.05
+    schedule: Annotated[
+        Literal["cosine", "constant"], limit(description="What the rate does afterwards.")
+    ] = "cosine"
+    heldout_share: Annotated[
+        float, limit(gt=0, lt=1, description="Share of the sequences that is not learnt from.")
+    ] = 0.2
+    evaluate_every: Annotated[
+        int, limit(ge=1, description="Steps between measurements of those held out.")
+    ] = 25
+    patience: Annotated[
+        int,
+        limit(ge=0, description="Measurements without a gain that end training; 0 for never."),
+    ] = 5
+    teacher: Annotated[
+        Literal["auto", "disk", "resident"],
+        limit(description="Where the original is: asked once and written to disk, or in memory."),
+    ] = "auto"
+    checkpointing: Annotated[
+        Literal["auto", "on", "off"],
+        limit(
+            description="Run blocks again on the way back, to save memory; `auto` where memory is"
+            " short."
+        ),
+    ] = "auto"
+    plot: Annotated[
+        bool | None,
+        limit(description="Draw training as a .png; done if matplotlib is installed."),
+    ] = None
+    seed: Annotated[int, limit(ge=0, description="Seed of every random choice.")] = 0
 
 
 @settings
 class LrecSettings(RilqSettings):
-    """The same, trained on the scores of the next token."""
+    """The same, trained on the original's scores of the next token."""

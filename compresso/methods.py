@@ -76,6 +76,8 @@ class Stage:
             or None if it writes none.
     methods: the first is the default.
     copies:  whether it copies stored tensors, so that an adapter beside them would be lost.
+    trains:  whether it learns from text, so that some of that is kept apart to judge by.
+    together: whether several processes can share its work.
     presets: name -> method and settings.
     """
 
@@ -85,6 +87,8 @@ class Stage:
     methods: dict[str, Method]
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     copies: bool = False
+    trains: bool = False
+    together: bool = False
 
 
 STAGES = {
@@ -307,46 +311,48 @@ STAGES = {
         "compresso.stages.heal:heal",
         takes="any",
         leaves="same",
+        trains=True,
+        together=True,
         methods={
             "lora": Method(
                 LoraSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "arXiv:2106.09685",
                 calibrated=True,
             ),
             "qlora": Method(
                 QloraSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "arXiv:2305.14314",
                 calibrated=True,
             ),
             "full": Method(
                 FullSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "all weights",
                 calibrated=True,
             ),
             "last-k": Method(
                 LastSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "arXiv:2411.15558",
                 calibrated=True,
             ),
             "lisa": Method(
                 LisaSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "arXiv:2403.17919",
                 calibrated=True,
             ),
             "norms": Method(
                 NormsSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "arXiv:2312.15230",
                 calibrated=True,
             ),
             "neighbours": Method(
                 NeighboursSettings,
-                "compresso.stages.heal:heal",
+                "compresso.stages.heal_choice:trained",
                 "compresso's own",
                 calibrated=True,
             ),

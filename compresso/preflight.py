@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compresso import registry
 from compresso.checkpoint.packings import method_of
-from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import ConfigError, ResourceError
 from compresso.families import family_of
 from compresso.provenance import lineage
@@ -50,6 +50,18 @@ def check_room(step: Step, source: Checkpoint, target: Path) -> None:
     check_memory(source)
 
 
+def original_key(step: Step, recorded: str) -> str | None:
+    """The key of the original that a step goes by; None if it does not go by any.
+
+    recorded: the key of the one that the source was made from. Raises CheckpointError if the user
+              named one that is not there.
+    """
+    if not hasattr(step.settings, "original"):
+        return None
+    given: str | None = step.settings.original
+    return recorded if given is None else open_checkpoint(given).key
+
+
 def check_kind(step: Step, source: Checkpoint) -> None:
     """Raises ConfigError, naming one that would do, if the stage cannot read such a checkpoint."""
     if registry.stage(step.stage).takes == "any" or not source.packed:
@@ -79,7 +91,7 @@ def check_packages(step: Step, source: Checkpoint) -> None:
     """Raises ResourceError if packed weights are involved and cannot be loaded here."""
     needed = {str(method_of(source.config))}
     if step.stage == "quantize" and step.settings.pack:
-        needed.add(registry.method("quantize", step.method).packed_as)
+        needed.add(registry.packed_as(step.method, step.settings))
     for package in sorted(needed & PACKED_BY.keys()):
         if importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ResourceError(

@@ -40,21 +40,28 @@ class Ancestor:
     key: str
 
 
-def step_key(step: Step, *, source: str, data: str | None, dtype: torch.dtype) -> str:
+def step_key(
+    step: Step, *, source: str, data: str | None, dtype: torch.dtype, original: str | None = None
+) -> str:
     """A hash of all that decides a step's result: equal keys mean equal work.
 
-    source: the source checkpoint's key. data: the key of the token batches, if it reads any.
-    dtype:  the type it is computed in.
+    source:   the source checkpoint's key. data: the key of the token batches, if it reads any.
+    dtype:    the type it is computed in.
+    original: for a step that can be told an `original`, the key of what it takes for that; where
+              it is has no part in the result.
 
     Gates are no part of it: they judge a result, and do not change it.
     """
+    settings = asdict(step.settings)
     parts = {
         "compresso": __version__,
-        "step": [step.stage, step.method, asdict(step.settings)],
+        "step": [step.stage, step.method, settings],
         "data": data,
         "source": source,
         "dtype": str(dtype),
     }
+    if original is not None:
+        settings["original"] = original
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

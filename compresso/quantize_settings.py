@@ -17,6 +17,13 @@ GroupSize = Annotated[
     int,
     limit(ge=-1, description="Columns sharing one scale; a multiple of 8, or -1 for the row."),
 ]
+ScaleBits = Annotated[
+    Literal[8, 16],
+    limit(
+        description="Bits of a scale: 8 are parts of one scale per row, stored in compresso's own"
+        " layout. Of `nf4` 32, or 8 in its own form."
+    ),
+]
 Symmetric = Annotated[
     bool, limit(description="Levels on both sides of zero, with no stored zero point.")
 ]
@@ -78,6 +85,7 @@ class GroupedSettings(LinearChoice):
 
     bits: Bits = None
     group_size: GroupSize = 64
+    scale_bits: ScaleBits = 16
 
     @checked
     def _check_group_size(self) -> Self:
@@ -207,6 +215,7 @@ class VectorSettings(LinearChoice, Target):
             " largest one below that divides the columns.",
         ),
     ] = 1024
+    scale_bits: ScaleBits = 16
 
     @checked
     def _check_grid(self) -> Self:
@@ -263,7 +272,9 @@ class Nf4Settings(LinearChoice):
         Literal[64, 128, 256, 512, 1024, 2048, 4096],
         limit(description="Weights sharing one scale."),
     ] = 64
-    double: Annotated[bool, limit(description="Store the scales in 8 bits, too.")] = False
+    scale_bits: Annotated[
+        Literal[8, 32], limit(description="Bits of a scale: 8 is double quantization.")
+    ] = 32
 
 
 @settings

@@ -16,6 +16,7 @@ from compresso.gates import Gate, gate_texts, parse_gates
 from compresso.settings import CalibrationSettings, RuntimeSettings
 
 KEYS = ("model", "calibration", "runtime", "stages")
+PATHS = ("dataset", "against", "original")  # settings that may be relative paths
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
         return text
 
     def find_in(record: Any) -> Any:
-        named = {name: getattr(record, name, None) for name in ("dataset", "against")}
+        named = {name: getattr(record, name, None) for name in PATHS}
         return replace(record, **{name: find(text) for name, text in named.items() if text})
 
     located = replace(

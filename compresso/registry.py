@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from compresso.errors import ConfigError
 from compresso.methods import STAGES, Method, Stage
 
-__all__ = ["STAGES", "Method", "Stage", "load", "method", "stage", "with_preset"]
+__all__ = ["STAGES", "Method", "Stage", "load", "method", "packed_as", "stage", "with_preset"]
 
 T = TypeVar("T")
 
@@ -23,6 +23,16 @@ def stage(name: str, *, where: str = "") -> Stage:
 def method(stage_name: str, name: str, *, where: str = "") -> Method:
     """Raises ConfigError, with the nearest name, if there is none."""
     return _find(f"{stage_name} method", name, stage(stage_name).methods, where)
+
+
+def packed_as(name: str, settings: Any) -> str:
+    """The layout in which a quantize method with these settings stores what it packs.
+
+    compressed-tensors has no form for scales in 8 bits: where these are asked for, it is ours.
+    """
+    layout = method("quantize", name).packed_as
+    eight = getattr(settings, "scale_bits", None) == 8
+    return "coded" if eight and layout == "compressed-tensors" else layout
 
 
 def with_preset(stage_name: str, values: dict[str, Any], *, where: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
-from compresso.calibration.data import Calibration, load_calibration, load_heldout
+from compresso.calibration.data import Calibration
 from compresso.calibration.replay import replay
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.packings import BITSANDBYTES, method_of
@@ -24,12 +24,14 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.gates import check_gates
-from compresso.preflight import check_room, check_source
-from compresso.provenance import RECORD, make_record, read_record, step_key
+from compresso.preflight import check_room, check_source, original_key
+from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
-from compresso.runtime import Runtime, log, warn
+from compresso.runtime import Runtime, launched, log, warn
 from compresso.settings import CalibrationSettings
+from compresso.step_data import load_data
+from compresso.training.processes import Follower, Processes, join
 from compresso.workspace import check_output
 
 
@@ -62,39 +64,14 @@ def run_step(
     user stops it, and what the stage raises.
     """
     check_source(step, source)
-    data = load_data(step, source, calibration, runtime)
+    with join(runtime.device).first_alone():
+        data = load_data(step, source, calibration, runtime, target.parent)
     key = key_of(step, source, data, runtime)
     outcome = find_finished(step, target, key)
     if outcome is None:
         outcome = run_new(step, source, data, target, runtime, fresh=fresh)
     settle(outcome)
     return outcome
-
-
-def load_data(
-    step: Step, source: Checkpoint, calibration: CalibrationSettings, runtime: Runtime
-) -> Calibration | None:
-    """The token batches a step reads: calibration text, or for `eval` the held-out text."""
-    trust = runtime.trust_remote_code
-    if step.stage == "eval":
-        held_out = CalibrationSettings(
-            dataset=step.settings.dataset,
-            samples=step.settings.samples or CalibrationSettings.samples,
-            length=step.settings.length,
-            seed=step.settings.seed,
-        )
-        whole = step.settings.samples is None
-        data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust)
-    elif registry.method(step.stage, step.method).calibrated:
-        data = load_calibration(calibration, source, trust_remote_code=trust)
-    else:
-        return None
-    used = data.record
-    log(
-        f"{step.name}: {used['sequences_used']} sequences of {used['length']} tokens of"
-        f" `{used['dataset']}`, {used['split']}"
-    )
-    return data
 
 
 def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Runtime) -> str:
@@ -104,6 +81,7 @@ def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Ru
         source=source.key,
         data=data.key if data else None,
         dtype=runtime.compute_dtype(source.dtype),
+        original=original_key(step, lineage(source)[0].key),
     )
 
 
@@ -134,21 +112,46 @@ def run_new(
     *,
     fresh: bool,
 ) -> Outcome:
-    """Run a step whose `target` is free, and publish what it makes. It is not settled yet."""
+    """Run a step whose `target` is free, and publish what it makes. It is not settled yet.
+
+    Of several processes the first runs it, with the help of the others if they can share the work.
+    """
     check_room(step, source, target)
     log(f"{step.name}: `{source.path}` -> `{target}`")
     work = _Work(step, source, data, runtime, key_of(step, source, data, runtime))
-    if registry.stage(step.stage).leaves is None:
+    stage, processes = registry.stage(step.stage), join(runtime.device)
+    processes.wait()  # until all have seen that there is nothing yet
+    if not processes.first:
+        return _follow(work, target, processes)
+    if stage.leaves is None:
         report = _write_report(work, target)
     else:
         with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
+            if stage.together:
+                processes.wait()
             report = _write_checkpoint(work, writer)
+    processes.wait()
     return Outcome(step, target, work.key, report, reused=False)
+
+
+def _follow(work: _Work, target: Path, processes: Processes) -> Outcome:
+    """Help the first process, or wait for it; what it came to."""
+    try:
+        if registry.stage(work.step.stage).together:
+            processes.wait()
+            work.run(Follower(target))
+        processes.wait()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+    outcome = find_finished(work.step, target, work.key)
+    assert outcome is not None
+    return outcome
 
 
 def settle(outcome: Outcome) -> None:
     """Show what a step measured, then hold it to its gates. Raises GateError if one fails."""
-    show_report(outcome.report, outcome.step.name)
+    if launched().index == 0:
+        show_report(outcome.report, outcome.step.name)
     for message in outcome.report.warnings:
         warn(message)
     check_gates(outcome.step.gates, outcome.report.summary, written=str(outcome.path))
@@ -162,7 +165,7 @@ class _Work:
     runtime: Runtime
     key: str
 
-    def run(self, target: CheckpointWriter | Path) -> Report:
+    def run(self, target: CheckpointWriter | Follower | Path) -> Report:
         stage = registry.load(registry.stage(self.step.stage).code)
         started = time.perf_counter()
         report: Report = stage(self.source, self.step, self.data, target, self.runtime)

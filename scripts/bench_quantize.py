@@ -67,7 +67,7 @@ def ways() -> dict[str, list[str]]:
         "gptq+higgs match mixed 2.25 bits": "--method gptq+higgs --target-bits 2.25 --match 0.5",
         "gptq+higgs match mixed 3.25 bits": "--method gptq+higgs --target-bits 3.25 --match 0.5",
         "nf4": "--method nf4",
-        "nf4 double": "--method nf4 --double",
+        "nf4 double": "--method nf4 --scale-bits 8",
         "autoround 2 bits g64": "--method autoround --bits 2",
         "autoround from rtn 2 bits g64": "--method autoround --bits 2 --start rtn",
     }

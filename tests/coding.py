@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,13 @@ def vector(size: int = 256, dimension: int = 2, most: int = 1024) -> Make:
     return make
 
 
-def affine(bits: int = 3, group_size: int = 32, zeros: torch.dtype | None = None) -> Make:
+def affine(
+    bits: int = 3,
+    group_size: int = 32,
+    *,
+    zero_bits: int | None = None,
+    zeros: torch.dtype | None = None,
+) -> Make:
     """Makes codes with zeros that are not whole; group_size: -1 for the whole row.
 
     zeros: the type they are stored in, if that is another than that of the scales.
@@ -57,25 +63,51 @@ def affine(bits: int = 3, group_size: int = 32, zeros: torch.dtype | None = None
         groups = 1 if group_size == -1 else columns // group_size
         codes = torch.randint(0, 2**bits, (rows, columns), generator=generator)
         zero = torch.randn(rows, groups, generator=generator) + 2 ** (bits - 1)
-        scale = scales((rows, groups), dtype, seed, 2**bits)
         zero = zero.to(zeros or dtype).float()
-        return AffineCodes(codes.to(torch.uint8), scale, zero, bits, dtype, zeros)
+        if zero_bits is not None:
+            zero = torch.randint(0, 2**zero_bits, (rows, groups), generator=generator)
+            zero = zero * 2.0 ** (bits - zero_bits)
+        scale = scales((rows, groups), dtype, seed, 2**bits)
+        found = AffineCodes(codes.to(torch.uint8), scale, zero, bits, dtype)
+        return replace(found, zero_bits=zero_bits, zero_dtype=zeros)
 
     return make
 
 
-def uniform(bits: int = 4, group_size: int = 32) -> Make:
-    """Makes codes of a uniform grid, asymmetric."""
+def uniform(bits: int = 4, group_size: int = 32, *, symmetric: bool = False) -> Make:
+    """Makes codes of a uniform grid."""
 
     def make(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Packed:
         generator = torch.Generator().manual_seed(seed)
         groups = columns // group_size
         codes = torch.randint(0, 2**bits, (rows, columns), generator=generator)
         zero = torch.randint(0, 2**bits, (rows, groups), generator=generator).float()
+        if symmetric:
+            zero[:] = 2 ** (bits - 1)
         scale = scales((rows, groups), dtype, seed, 2**bits)
         return Packed(codes.to(torch.uint8), Grid(scale, zero, bits, dtype))
 
     return make
+
+
+def is_symmetric(codes: coded.Codes) -> bool:
+    """Whether codes have the zeros that need not be stored."""
+    return isinstance(codes, Packed) and bool((codes.grid.zero == 2 ** (codes.grid.bits - 1)).all())
+
+
+def eight(make: Make) -> Make:
+    """Makes the same with scales in 8 bits, of either sign."""
+
+    def made(rows: int, columns: int, dtype: torch.dtype, seed: int) -> coded.Codes:
+        codes = make(rows, columns, dtype, seed)
+        grid = codes.grid if isinstance(codes, Packed) else codes
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randint(-127, 128, grid.scale.shape, generator=generator)
+        row_scale = scales((rows, 1), dtype, seed)
+        changed = replace(grid, scale=numbers * (row_scale / 128), row_scale=row_scale)
+        return replace(codes, grid=changed) if isinstance(codes, Packed) else changed
+
+    return made
 
 
 KINDS: dict[str, Make] = {
@@ -86,9 +118,16 @@ KINDS: dict[str, Make] = {
     "3 bits": affine(3),
     "8 bits": affine(8, 16),
     "5 bits a row": affine(5, -1),
-    "float16 zeros": affine(2, 32, torch.float16),
-    "float32 zeros": affine(4, 32, torch.float32),
+    "float16 zeros": affine(2, 32, zeros=torch.float16),
+    "float32 zeros": affine(4, 32, zeros=torch.float32),
     "uniform": uniform(2),
+    "symmetric": uniform(3, symmetric=True),
+    "p2n256 s8": eight(vector(256, 2, 16)),
+    "3 bits s8": eight(affine(3, 16)),
+    "float16 zeros s8": eight(affine(3, 16, zeros=torch.float16)),
+    "4 bits z8 s8": eight(affine(4, 16, zero_bits=8)),
+    "uniform s8": eight(uniform(2, 8)),
+    "symmetric s8": eight(uniform(2, 16, symmetric=True)),
 }
 
 
@@ -128,9 +167,11 @@ def save_coded(
         codes = makers[index % len(makers)](rows, columns, dtype, index)
         decoded = codes.decode().to(dtype)
         dense[name] = (decoded.T if family.transposed else decoded).contiguous()
-        stored |= coded.pack(name.removesuffix(".weight"), codes)
+        symmetric = is_symmetric(codes)
+        stored |= coded.pack(name.removesuffix(".weight"), codes, symmetric=symmetric)
         module = name.removesuffix(".weight").replace("embed_out", "lm_head")
-        descriptions.append(coded.describe({module: codes}, transposed=family.transposed))
+        said = coded.describe({module: codes}, transposed=family.transposed, symmetric=symmetric)
+        descriptions.append(said)
     config = restructure(
         source.config, structure_of(source.config), coded=coded.merge(descriptions)
     )

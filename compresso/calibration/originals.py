@@ -68,6 +68,18 @@ class Originals:
             states[batch] = output
             states.release(batch)
 
+    def aim_here(self, *, mlp: bool) -> None:
+        """Let the linear out of the MLP, or of attention, want the stream as it is now.
+
+        For a half after which the changed model lacks something that has been run since. Does
+        nothing in families that norm what a half adds.
+        """
+        if self._kept is None or not self._in_stream:
+            return
+        for batch in range(self.states.batches):
+            self._kept[self._place(batch, 3 if mlp else 1)] = self.states[batch]
+            self.states.release(batch)
+
     def gram(self, block: LiveBlock, paths: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """The gram of an input group as `LiveBlock.gram` takes it, and what its linears miss.
 

@@ -4,8 +4,12 @@ compressed-tensors has no layout for these. A linear `<path>` of shape (rows, co
 
     <path>.weight_codes  int32 (rows, words): the codes of each row as one bit stream, as pack_rows
                          lays it out
-    <path>.weight_scale  `dtype` (rows, groups)
-    <path>.weight_zero   `zero_dtype`, which is `dtype` unless given, (rows, groups), if affine
+    <path>.weight_scale  `dtype` (rows, groups); if `scale_bits` is 8, int8, in 128ths of
+    <path>.weight_row_scale  `dtype` (rows, 1), stored only then
+    <path>.weight_zero   of an affine kind: `dtype`, or `zero_dtype` if it has that, (rows, groups);
+                         or, if it has `zero_bits`, int32 (groups, words): as many bits of each
+                         group's zeros as one bit stream, in parts of 2**(bits - zero_bits); not
+                         stored if these are 0, for zeros are then 2**(bits - 1)
 
 and what they mean stands in config.json, each kind of coding once:
 
@@ -16,7 +20,8 @@ and what they mean stands in config.json, each kind of coding once:
         "p2n256-1024": {"kind": "vector", "dtype": "bfloat16", "block": 1024,
                         "points": [[...], ...]},
         "b3g64": {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64},
-        "b2g64-float16-zeros": {"kind": "affine", "dtype": "bfloat16", "zero_dtype": "float16", ...}
+        "b2g32z2s8": {"kind": "affine", "dtype": "bfloat16", "bits": 2, "group_size": 32,
+                      "zero_bits": 2, "scale_bits": 8}
       }
     }
 
@@ -36,22 +41,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.coded_kinds import (
+    CODES,
+    ROW_SCALE,
+    SCALE,
+    ZERO,
+    Codes,
+    Form,
+    Kind,
+    kind_of,
+)
 from compresso.checkpoint.directory import Load, TensorInfo
-from compresso.checkpoint.layout import SCALES, module_of
+from compresso.checkpoint.layout import module_of
 from compresso.errors import CheckpointError
-from compresso.kernels.grid import Grid, Packed
+from compresso.kernels.grid import Packed
 from compresso.kernels.higgs import VectorCodes
 from compresso.kernels.hqq import AffineCodes
 from compresso.kernels.packing import pack_rows, unpack_rows
+from compresso.kernels.scales import PARTS
 from compresso.kernels.vector_grid import VectorGrid
 
 KEY = "compresso"
 CODED, KINDS = "coded", "coded_kinds"
-ENDING = ".weight_codes"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALES}
-
-Codes = VectorCodes | AffineCodes | Packed
-Kind = dict[str, Any]
+ENDING = f".{CODES}"
 
 
 def coding_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -68,44 +80,57 @@ def coding_of(config: dict[str, Any]) -> dict[str, Any] | None:
     return {CODED: coded, KINDS: kinds}
 
 
-def packed_names(path: str, *, affine: bool) -> list[str]:
-    """Names of the tensors that store the linear `path`. affine: its codes are, not vectors."""
-    parts = ["weight_codes", "weight_scale"] + ["weight_zero"] * affine
+def packed_names(path: str, *, zero: bool, row_scale: bool) -> list[str]:
+    """Names of the tensors that store the linear `path`: whether zeros and scales of rows do."""
+    parts = [CODES, SCALE] + [ROW_SCALE] * row_scale + [ZERO] * zero
     return [f"{path}.{part}" for part in parts]
 
 
-def pack(path: str, codes: Codes) -> dict[str, Tensor]:
+def pack(path: str, codes: Codes, *, symmetric: bool = False) -> dict[str, Tensor]:
     """The tensors that store a coded linear.
 
-    path:  of the linear in the checkpoint.
-    codes: of (rows, columns) weights. Not modified.
+    path:      of the linear in the checkpoint.
+    codes:     of (rows, columns) weights. Not modified.
+    symmetric: of a uniform grid: its zeros are not stored.
 
-    Raises ValueError if the type they are to be stored in does not hold the scales or zeros.
+    Raises ValueError if the form they are to be stored in does not hold the scales or zeros.
     """
     grid = codes.grid if isinstance(codes, Packed) else codes
-    exact = {"weight_scale": (grid.scale, grid.dtype)}
+    form = Form.read(*kind_of(codes, symmetric=symmetric))
+    tensors = {CODES: pack_rows(codes.codes, form.bits)}
+    if grid.row_scale is None:
+        tensors[SCALE] = grid.scale.to(form.dtype)
+    else:
+        tensors[SCALE] = (grid.scale / (grid.row_scale / PARTS)).round().to(torch.int8)
+        tensors[ROW_SCALE] = grid.row_scale.to(form.dtype)
     if not isinstance(grid, VectorCodes):
-        exact["weight_zero"] = (grid.zero, _zeros_in(grid))
-    _, kind = _kind_of(codes)
-    tensors = {f"{path}{ENDING}": pack_rows(codes.codes, _sizes(kind)[2])}
-    for name, (values, dtype) in exact.items():
-        stored = values.to(dtype).contiguous()
-        if not torch.equal(stored.float(), values.float()):
-            raise ValueError(f"`{path}.{name}` is not exact in {dtype}")
-        tensors[f"{path}.{name}"] = stored
-    return tensors
+        part = 2.0 ** (form.bits - (form.zero_bits or 0))
+        if form.zero_bits is None:
+            tensors[ZERO] = grid.zero.to(form.zero_dtype or form.dtype)
+        elif form.zero_bits:
+            parts = (grid.zero / part).clamp(0, 2**form.zero_bits - 1).to(torch.uint8)
+            tensors[ZERO] = pack_rows(parts.T.contiguous(), form.zero_bits)
+        zero = _zero(tensors, form, len(codes.codes))
+        if not torch.equal(zero.expand_as(grid.zero), grid.zero.float()):
+            raise ValueError(f"`{path}.{ZERO}` is not exact as it is to be stored")
+    if not torch.equal(_scale(tensors), grid.scale.float()):
+        raise ValueError(f"`{path}.{SCALE}` is not exact as it is to be stored")
+    return {f"{path}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def describe(linears: Mapping[str, Codes], *, transposed: bool = False) -> dict[str, Any]:
+def describe(
+    linears: Mapping[str, Codes], *, transposed: bool = False, symmetric: bool = False
+) -> dict[str, Any]:
     """What config.json has to say about some coded linears: `coded` and `coded_kinds`.
 
     linears:    by module path in transformers.
     transposed: whether their dense weights are stored (columns, rows).
+    symmetric:  as in `pack`.
     """
     coded: dict[str, str] = {}
     kinds: dict[str, Kind] = {}
     for path, codes in linears.items():
-        coded[path], kind = _kind_of(codes)
+        coded[path], kind = kind_of(codes, symmetric=symmetric)
         kinds[coded[path]] = kind | ({"transposed": True} if transposed else {})
     return {CODED: coded, KINDS: kinds}
 
@@ -141,8 +166,7 @@ class Coded:
         description = coding_of(config) or {CODED: {}, KINDS: {}}
         coded, self._kinds = description[CODED], description[KINDS]
         self._of: dict[str, str] = {}
-        for name in {*coded.values()}:
-            _check_kind(name, self._kinds[name])
+        self._forms = {name: Form.read(name, self._kinds[name]) for name in {*coded.values()}}
         found = set()
         for path in (name.removesuffix(ENDING) for name in infos if name.endswith(ENDING)):
             module = module_of(path, coded)
@@ -158,7 +182,8 @@ class Coded:
 
     def names(self, path: str) -> list[str]:
         """Names of the tensors that store the linear `path`."""
-        return packed_names(path, affine=self._kind(path)["kind"] == "affine")
+        form = self._forms[self._of[path]]
+        return packed_names(path, zero=form.zero_bits != 0, row_scale=form.scale_bits == 8)
 
     def decode(self, path: str, parts: dict[str, Tensor]) -> Tensor:
         """Its dense weight, float32. parts: the tensors of `names`. Not modified.
@@ -166,104 +191,71 @@ class Coded:
         Raises CheckpointError if a code stands for nothing.
         """
         weight = self._codes(path, parts).decode()
-        return weight.T.contiguous() if self._kind(path).get("transposed") else weight
+        return weight.T.contiguous() if self._kinds[self._of[path]].get("transposed") else weight
 
     def uniform(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | None:
         """Its codes, of (out, in) weights, if they are affine. parts: as `decode` takes them."""
-        if self._kind(path)["kind"] != "affine":
+        if self._kinds[self._of[path]]["kind"] != "affine":
             return None
         found = self._codes(path, parts)
         assert isinstance(found, AffineCodes)
         return found
 
     def _codes(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | VectorCodes:
-        kind = self._kind(path)
-        group, weights, bits = _sizes(kind)
-        scale = parts[f"{path}.weight_scale"]
-        codes = unpack_rows(parts[f"{path}{ENDING}"], bits, scale.shape[1] * group // weights)
+        kind, form = self._kinds[self._of[path]], self._forms[self._of[path]]
+        own = {name.removeprefix(f"{path}."): parts[name] for name in self.names(path)}
+        scale = _scale(own)
+        vectors = scale.shape[1] * form.group // form.weights
+        codes = unpack_rows(own[CODES], form.bits, vectors)
+        row_scale = own[ROW_SCALE].float() if ROW_SCALE in own else None
         if kind["kind"] == "affine":
-            zero = parts[f"{path}.weight_zero"]
-            return AffineCodes(codes, scale.float(), zero.float(), bits, scale.dtype, zero.dtype)
+            zero = _zero(own, form, len(codes)).expand_as(scale)
+            stored = (row_scale, form.zero_bits, form.zero_dtype)
+            return AffineCodes(codes, scale, zero, form.bits, form.dtype, *stored)
         grid = VectorGrid(torch.tensor(kind["points"], dtype=torch.float32))
         if int(codes.max()) >= grid.size:
             raise CheckpointError(
                 f"`{path}` holds the code {int(codes.max())} of {grid.size} points",
                 hint="copy or download the checkpoint again",
             )
-        return VectorCodes(codes, scale.float(), grid, group, scale.dtype)
+        return VectorCodes(codes, scale, grid, form.group, form.dtype, row_scale)
 
     def kind(self, path: str) -> dict[str, Any]:
         """How it is stored, in plain values."""
-        kind = {k: v for k, v in self._kind(path).items() if k not in ("points", "transposed")}
-        if points := self._kind(path).get("points"):
+        whole = self._kinds[self._of[path]]
+        kind = {k: v for k, v in whole.items() if k not in ("points", "transposed")}
+        if points := whole.get("points"):
             kind["grid"] = f"p{len(points[0])}n{len(points)}"
-        return kind
-
-    def _kind(self, path: str) -> Kind:
-        kind: Kind = self._kinds[self._of[path]]
         return kind
 
     def _shape(self, path: str, infos: Mapping[str, TensorInfo]) -> tuple[int, int]:
         """Of the dense weight. Raises CheckpointError if the stored tensors do not fit the kind."""
-        kind = self._kind(path)
-        scale = infos[f"{path}.weight_scale"].shape
+        form = self._forms[self._of[path]]
+        scale = infos[f"{path}.{SCALE}"].shape
         rows, groups = scale if len(scale) == 2 else (0, 0)
-        group, weights, bits = _sizes(kind)
-        columns = groups * group
-        words = -(-columns // weights * bits // 32)
-        types = {
-            ENDING: torch.int32,
-            ".weight_scale": DTYPES[kind["dtype"]],
-            ".weight_zero": DTYPES[str(kind.get("zero_dtype", kind["dtype"]))],
-        }
-        for name in self.names(path):
-            part = name.removeprefix(path)
-            shape, stored = (rows, words if part == ENDING else groups), types[part]
-            info = infos[name]
+        columns = groups * form.group
+        for part, (shape, stored) in form.parts(rows, columns).items():
+            info = infos[f"{path}.{part}"]
             if info.shape != shape or info.dtype != stored:
                 raise CheckpointError(
-                    f"`{name}` is {info.shape} {info.dtype}, not {shape} {stored}",
+                    f"`{path}.{part}` is {info.shape} {info.dtype}, not {shape} {stored}",
                     hint="copy or download the checkpoint again",
                 )
-        return (columns, rows) if kind.get("transposed") else (rows, columns)
+        transposed = self._kinds[self._of[path]].get("transposed")
+        return (columns, rows) if transposed else (rows, columns)
 
 
-def _check_kind(name: str, kind: Kind) -> None:
-    """Raises CheckpointError if it is not one that can be decoded."""
-    try:
-        sizes = (*_sizes(kind), *{len(point) for point in kind.get("points", ())})
-        types = {kind["dtype"], kind.get("zero_dtype", kind["dtype"])}
-        known = types <= {*DTYPES} and kind["kind"] in ("affine", "vector")
-    except (LookupError, TypeError, AttributeError):
-        known, sizes = False, ()
-    if not known or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise CheckpointError(f"the coding `{name}` in config.json cannot be read")
+def _scale(parts: Mapping[str, Tensor]) -> Tensor:
+    """Scales of groups, (rows, groups) float32, by what stores a linear."""
+    scale = parts[SCALE].float()
+    return scale * (parts[ROW_SCALE].float() / PARTS) if ROW_SCALE in parts else scale
 
 
-def _sizes(kind: Kind) -> tuple[int, int, int]:
-    """Weights that share a scale, weights of one code, and bits of one code."""
-    if kind["kind"] == "affine":
-        return kind["group_size"], 1, kind["bits"]
-    points = kind["points"]
-    return kind["block"], len(points[0]), (len(points) - 1).bit_length()
-
-
-def _kind_of(codes: Codes) -> tuple[str, Kind]:
-    """Name and description of how these are coded."""
-    dtype = codes.grid.dtype if isinstance(codes, Packed) else codes.dtype
-    stored = {"dtype": str(dtype).removeprefix("torch.")}
-    if isinstance(codes, VectorCodes):
-        points = codes.grid.points.tolist()
-        kind = {"kind": "vector", **stored, "block": codes.block, "points": points}
-        return f"{codes.grid.name}-{codes.block}", kind
-    grid = codes.grid if isinstance(codes, Packed) else codes
-    size = codes.codes.shape[1] // grid.scale.shape[1]
-    name = f"b{grid.bits}g{size}"
-    if (zeros := _zeros_in(grid)) != dtype:
-        stored["zero_dtype"] = str(zeros).removeprefix("torch.")
-        name += f"-{stored['zero_dtype']}-zeros"
-    return name, {"kind": "affine", **stored, "bits": grid.bits, "group_size": size}
-
-
-def _zeros_in(grid: Grid | AffineCodes) -> torch.dtype:
-    return grid.zeros_in if isinstance(grid, AffineCodes) else grid.dtype
+def _zero(parts: Mapping[str, Tensor], form: Form, rows: int) -> Tensor:
+    """Zeros, (rows, groups) float32, or (1, 1) if all are alike, by what stores a linear."""
+    if form.zero_bits is None:
+        return parts[ZERO].float()
+    if form.zero_bits == 0:
+        return torch.full((1, 1), 2.0 ** (form.bits - 1), device=parts[CODES].device)
+    found = unpack_rows(parts[ZERO], form.zero_bits, rows).T.float()
+    return found * 2.0 ** (form.bits - form.zero_bits)

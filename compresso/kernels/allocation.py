@@ -71,6 +71,27 @@ def _front(sums: Tensor, losts: Tensor, room: int) -> Tensor:
     return order[better]
 
 
+def spread(gains: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """How many steps every group takes within a budget, so that they gain most.
+
+    gains:  of every group, what each further step gains, (steps,), falling and not negative.
+    costs:  what a step of each group takes, in whole units such as bytes, at least 1.
+
+    The steps that gain most for what they take come first, which is the best there is but for what
+    the last one leaves of the budget. Steps that gain nothing are not taken.
+    """
+    worth = torch.cat([gain.double() / cost for gain, cost in zip(gains, costs, strict=True)])
+    groups = [group for group, gain in enumerate(gains) for _ in gain]
+    taken, left, least = [0] * len(costs), budget, min(costs, default=1)
+    for step in worth.argsort(descending=True, stable=True).tolist():
+        if left < least or not worth[step] > 0:
+            break
+        if costs[groups[step]] <= left:
+            taken[groups[step]] += 1
+            left -= costs[groups[step]]
+    return taken
+
+
 def uniform(sizes: Table, budget: int) -> list[int]:
     """The highest level that all groups can have.
 

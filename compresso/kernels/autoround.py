@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compresso.kernels.grid import Grid, Packed, storable
+from compresso.kernels.grid import Grid, Packed
+from compresso.kernels.scales import storable
 
 FARTHEST = 0.49  # from the code a weight starts at, in steps: it is still rounded to that code
 
@@ -76,8 +77,8 @@ def decode(found: Latent, offset: Tensor, clip: Tensor) -> Tensor:
 def settle(found: Latent, offset: Tensor, clip: Tensor) -> Packed:
     """The codes and the grid that `decode` reads."""
     codes, scale, zero = _parts(found, offset, clip)
-    grid = found.grid
-    return Packed(codes.view_as(offset).to(torch.uint8), Grid(scale, zero, grid.bits, grid.dtype))
+    grid = replace(found.grid, scale=scale, zero=zero)
+    return Packed(codes.view_as(offset).to(torch.uint8), grid)
 
 
 def _parts(found: Latent, offset: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +91,8 @@ def _parts(found: Latent, offset: Tensor, clip: Tensor) -> tuple[Tensor, Tensor,
         factor = (low + high) / most
         zero = _through(low / factor, torch.round(low / factor)).clamp(0, most)
     exact = grid.scale * factor
-    scale = _through(exact, storable(exact, dtype=grid.dtype, max_code=most))
+    stored = storable(exact, dtype=grid.dtype, max_code=most, row_scale=grid.row_scale)
+    scale = _through(exact, stored)
     # A weight stays where it is when its grid is stretched: about the zero it started from.
     steps = found.position.view(*grid.scale.shape, -1) - grid.zero[..., None]
     moved = steps * (grid.scale / scale)[..., None] + zero[..., None] + offset.view_as(steps)
@@ -98,5 +100,5 @@ def _parts(found: Latent, offset: Tensor, clip: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _through(value: Tensor, replacement: Tensor) -> Tensor:
-    """`replacement`, with the gradient of `value`."""
-    return value + (replacement - value).detach()
+    """`replacement`, to the bit, with the gradient of `value`."""
+    return replacement.detach() + (value - value.detach())

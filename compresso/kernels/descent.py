@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from compresso.kernels.grid import Grid, Packed, storable
+from compresso.kernels.grid import Grid, Packed
+from compresso.kernels.scales import storable
 from compresso.kernels.sweep import lattices, round_in_turn, row_slices
 
 
@@ -37,7 +40,7 @@ def descend(
             for group in range(grid.scale.shape[1]):
                 state.improve(group, gram, ridge, block)
         codes[here], scale[here] = state.codes.t(), state.scale.t()
-    return Packed(codes, Grid(scale, grid.zero, grid.bits, grid.dtype))
+    return Packed(codes, replace(grid, scale=scale))
 
 
 class _Descent:
@@ -51,6 +54,7 @@ class _Descent:
         self.codes = codes.t().contiguous()
         self.scale = grid.scale[here].t().contiguous()
         self.zero = grid.zero[here].t().contiguous()
+        self.row_scale = None if grid.row_scale is None else grid.row_scale[here, 0]
         self.size = weight.shape[1] // grid.scale.shape[1]
         self.change = weight.t().contiguous()
         for group in range(len(self.scale)):
@@ -84,7 +88,7 @@ class _Descent:
         slope = (levels * gradient).sum(0)
         bend = (levels * (within @ levels)).sum(0)
         best = scale + torch.where(bend > 0, slope / bend, 0.0)
-        best = storable(best, dtype=self.grid.dtype, max_code=max_code)
+        best = storable(best, dtype=self.grid.dtype, max_code=max_code, row_scale=self.row_scale)
         step = best - scale
         lower = step * (2 * slope - step * bend) > 0
         self.change[columns] -= levels * torch.where(lower, step, 0.0)

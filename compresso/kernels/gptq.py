@@ -13,6 +13,8 @@ from compresso.kernels.descent import descend
 from compresso.kernels.grid import Grid, Packed, fit_grid
 from compresso.kernels.sweep import lattices, round_in_turn, row_slices
 
+ROOM = 1.15  # of scales that descent will change: without it, one of ten would stay too small
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -136,6 +138,7 @@ def quantize(
     damping: float,
     act_order: bool,
     scale_dtype: torch.dtype,
+    scale_bits: int = 16,
     refine: int = 3,
 ) -> Packed:
     """Fit a grid, round on it and refine both: the `gptq` method.
@@ -159,9 +162,11 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        scale_bits=scale_bits,
         search=grid,
         importance=gram.diagonal().sqrt(),
         power=3,
+        room=ROOM,
     )
     factor = factorize(gram, damping=damping, act_order=act_order)
     packed = round_gptq(weight, factor, fitted)

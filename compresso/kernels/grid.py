@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compresso.kernels.scales import row_scale_of, split_rows, storable
+
 # Sizes of the tiles a search works on, in weights: a tile and its scratch copies fit the
 # second-level cache of a CPU, while a GPU needs more work per launch.
 CPU_TILE = 2**17
@@ -22,17 +24,19 @@ COARSE_STEPS = 8  # 6 lose up to 1 % of the squared error found by 200, 12 gain 
 class Grid:
     """Weights are read as `scale * (code - zero)`, one scale and zero for each group of a row.
 
-    scale: (rows, groups) float32, values that `dtype` holds exactly, in units of the weight;
-           never 0, negative where that fits a symmetric group better.
+    scale: (rows, groups) float32, in units of the weight, values that can be stored: see
+           `storable`; never 0, negative where that fits a symmetric group better.
     zero:  (rows, groups) float32, whole numbers from 0 to `max_code`; 2**(bits - 1) if symmetric.
     bits:  bits of a code.
     dtype: the type scales are stored in, and decoded weights are rounded to.
+    row_scale: (rows, 1) float32, by `row_scale_of`, if scales are stored in 8 bits.
     """
 
     scale: Tensor
     zero: Tensor
     bits: int
     dtype: torch.dtype = torch.float32
+    row_scale: Tensor | None = None
 
     @property
     def max_code(self) -> int:
@@ -66,10 +70,15 @@ class Packed:
         """The matrices that so many rows each were stacked from."""
         grid = self.grid
         parts = zip(
-            self.codes.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True
+            self.codes.split(rows),
+            grid.scale.split(rows),
+            grid.zero.split(rows),
+            split_rows(grid.row_scale, rows),
+            strict=True,
         )
         return [
-            Packed(codes, replace(grid, scale=scale, zero=zero)) for codes, scale, zero in parts
+            Packed(codes, replace(grid, scale=scale, zero=zero, row_scale=row_scale))
+            for codes, scale, zero, row_scale in parts
         ]
 
 
@@ -80,19 +89,23 @@ def fit_grid(
     group_size: int,
     symmetric: bool,
     scale_dtype: torch.dtype,
+    scale_bits: int = 16,
     search: Literal["mse", "minmax"] = "mse",
     importance: Tensor | None = None,
     power: int = 2,
+    room: float = 1.0,
 ) -> Grid:
     """Fit a grid to every run of `group_size` columns of every row.
 
     weight:      (rows, columns) float32. Not modified.
     group_size:  columns sharing a scale, a divisor of `columns`; -1 for all of them.
     scale_dtype: scales are rounded to it first, so codes fit the stored scales.
+    scale_bits:  8 to round them further, to parts of a scale of their row.
     search:      "minmax" spans the extremes of the group and 0; "mse" then looks for the least
                  sum of squared errors, which is never more than that of "minmax".
     importance:  (columns,) float32, factors of the squared errors in that sum; all 1 if None.
     power:       of the errors in that sum, if not squares; the higher, the wider the grid.
+    room:        for scales in 8 bits to grow: see `row_scale_of`.
 
     A group of zeros decodes to exactly zero. Every decoded weight is finite.
 
@@ -123,7 +136,12 @@ def fit_grid(
                 found = _search(trial, found, symmetric)
             here = slice(group, group + tile_groups), slice(row, row + tile_rows)
             scale[here], zero[here] = found
-    return Grid(scale.t().contiguous(), zero.t().contiguous(), bits, scale_dtype)
+    scale, zero, row_scale = scale.t().contiguous(), zero.t().contiguous(), None
+    if scale_bits == 8:
+        most = 2**bits - 1
+        row_scale = row_scale_of(weight, scale, dtype=scale_dtype, max_code=most, room=room)
+        scale = store(scale, row_scale=row_scale)
+    return Grid(scale, zero, bits, scale_dtype, row_scale)
 
 
 def round_to_grid(weight: Tensor, grid: Grid) -> Packed:
@@ -147,6 +165,7 @@ def quantize(
     symmetric: bool,
     grid: Literal["mse", "minmax"],
     scale_dtype: torch.dtype,
+    scale_bits: int = 16,
 ) -> Packed:
     """Fit a grid and round to it: the `rtn` method. Arguments as in `fit_grid`.
 
@@ -158,17 +177,10 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        scale_bits=scale_bits,
         search=grid,
     )
     return round_to_grid(weight, fitted)
-
-
-def storable(scale: Tensor, *, dtype: torch.dtype, max_code: int) -> Tensor:
-    """The nearest scales that `dtype` holds, kept from 0 and from decoding to infinity."""
-    info = torch.finfo(dtype)
-    least, most = info.smallest_normal * info.eps, info.max * (1 - info.eps) / max_code
-    size = scale.abs().clamp(least, most)
-    return torch.copysign(size, scale).to(dtype).to(scale.dtype)
 
 
 def _span_extremes(

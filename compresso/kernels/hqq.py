@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from compresso.kernels.grid import storable
+from compresso.kernels.scales import in_parts, row_scale_of, split_rows, storable
 from compresso.kernels.sweep import row_slices
 
 STEPS = 20
@@ -21,11 +22,15 @@ class AffineCodes:
     """Weights are read as `(code - zero) * scale`, one scale and zero for each group of a row.
 
     codes: (rows, columns) uint8, from 0 to 2**bits - 1.
-    scale: (rows, groups) float32, values that `dtype` holds exactly; never 0.
-    zero:  (rows, groups) float32, values that `zeros_in` holds exactly; of either sign.
+    scale: (rows, groups) float32, values that can be stored: see `storable`; never 0.
+    zero:  (rows, groups) float32, of either sign, values that `zeros_in` holds exactly or
+           `zero_bits`.
     bits:  bits of a code.
     dtype: the type scales and zeros are stored in, and decoded weights are rounded to.
-    zero_dtype: the type zeros are stored in, if that is another.
+    row_scale: (rows, 1) float32, by `row_scale_of`, if scales are stored in 8 bits.
+    zero_bits: of a zero that is stored as a whole number of parts of a code, 2**(bits - zero_bits)
+           each, from 0 on; None for zeros in `zeros_in`.
+    zero_dtype: the type zeros are stored in, if that is another than `dtype`.
     """
 
     codes: Tensor
@@ -33,11 +38,13 @@ class AffineCodes:
     zero: Tensor
     bits: int
     dtype: torch.dtype
+    row_scale: Tensor | None = None
+    zero_bits: int | None = None
     zero_dtype: torch.dtype | None = None
 
     @property
     def zeros_in(self) -> torch.dtype:
-        """The type that zeros are stored in."""
+        """The type that zeros are stored in which are not parts of a code."""
         return self.zero_dtype or self.dtype
 
     def decode(self) -> Tensor:
@@ -52,9 +59,16 @@ class AffineCodes:
     def split(self, rows: list[int]) -> list[AffineCodes]:
         """The matrices that so many rows each were stacked from."""
         parts = zip(
-            self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True
+            self.codes.split(rows),
+            self.scale.split(rows),
+            self.zero.split(rows),
+            split_rows(self.row_scale, rows),
+            strict=True,
         )
-        return [AffineCodes(*part, self.bits, self.dtype, self.zero_dtype) for part in parts]
+        return [
+            replace(self, codes=codes, scale=scale, zero=zero, row_scale=row_scale)
+            for codes, scale, zero, row_scale in parts
+        ]
 
 
 def quantize(
@@ -64,6 +78,7 @@ def quantize(
     bits: int,
     group_size: int,
     scale_dtype: torch.dtype,
+    scale_bits: int = 16,
 ) -> AffineCodes:
     """Span each group and move its zero: the `hqq` method.
 
@@ -71,14 +86,16 @@ def quantize(
     gram:        has no part in this method.
     group_size:  columns sharing a scale and a zero, a divisor of `columns`; -1 for all of them.
     scale_dtype: scales and zeros are rounded to it before weights are, so codes fit what is stored.
+    scale_bits:  8 to round scales further, to parts of a scale of their row, and zeros to 8 bits
+                 from the smallest code to the largest; zeros are then searched once more.
 
     Half-quadratic splitting of sum |error|**0.7: a step takes the codes for a zero, splits their
     errors into large ones, which are accepted, and the rest, and centres the rest. Of all steps
     each group keeps the one of least mean absolute error. So no group is worse than plain
-    rounding on its span.
+    rounding on its span, up to the rounding of scales and zeros to 8 bits.
 
-    A group of zeros, and one of a single value that `scale_dtype` holds, decode to themselves.
-    Every decoded weight is finite.
+    A group of zeros, and with scales of `scale_dtype` one of a single value that this holds, decode
+    to themselves. Every decoded weight is finite.
 
     Raises ValueError if `group_size` does not divide the columns.
 
@@ -89,25 +106,40 @@ def quantize(
     size = columns if group_size == -1 else group_size
     if columns % size:
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
+    eight = scale_bits == 8
+    store = partial(_in_eight_bits, bits=bits) if eight else partial(_stored, dtype=scale_dtype)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scale, zero = weight.new_empty(2, rows, columns // size)
+    row_scale = weight.new_empty(rows, 1) if eight else None
     for here in row_slices(weight):
         groups = weight[here].reshape(-1, columns // size, size)
-        best_scale, best_zero = _search(groups, bits, scale_dtype)
-        rounded = _codes(groups / best_scale, best_zero, bits)
+        found = _search(groups, _spans(groups, bits, scale_dtype), bits, store)
+        if row_scale is not None:
+            row_scale[here] = row_scale_of(
+                weight[here], found[0][..., 0], dtype=scale_dtype, max_code=2**bits - 1
+            )
+            parts = in_parts(found[0], row_scale[here, :, None], least=1)
+            found = _search(groups, [(parts, found[1])], bits, store)
+        rounded = _codes(groups / found[0], found[1], bits)
         codes[here] = rounded.flatten(1).to(torch.uint8)
-        scale[here], zero[here] = best_scale[..., 0], best_zero[..., 0]
-    return AffineCodes(codes, scale, zero, bits, scale_dtype)
+        scale[here], zero[here] = found[0][..., 0], found[1][..., 0]
+    return AffineCodes(codes, scale, zero, bits, scale_dtype, row_scale, 8 if eight else None)
 
 
-def _search(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _search(
+    groups: Tensor,
+    starts: Iterable[tuple[Tensor, Tensor]],
+    bits: int,
+    store: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     """The scale and the zero, (rows, groups, 1), of least mean absolute error of all steps.
 
-    groups: (rows, groups, size).
+    groups: (rows, groups, size). starts: scales and zeros. store: rounds zeros to those that can
+    be stored.
     """
     kept: list[Tensor] = []
-    for scale, start in _spans(groups, 2**bits - 1, dtype):
-        scaled, zero = groups / scale, start
+    for scale, start in starts:
+        scaled, zero = groups / scale, store(start)
         for step in range(STEPS + 1):
             codes = _codes(scaled, zero, bits)
             error = codes.sub_(zero).neg_().add_(scaled)
@@ -122,16 +154,17 @@ def _search(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
             if step < STEPS:
                 accepted = size.sub(size.pow(NORM - 1).div_(BETA)).clamp_(min=0)
                 accepted = torch.copysign(accepted, error)
-                zero = _stored(zero - (error - accepted).mean(-1, keepdim=True), dtype)
+                zero = store(zero - (error - accepted).mean(-1, keepdim=True))
     return kept[1], kept[2]
 
 
-def _spans(groups: Tensor, max_code: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _spans(groups: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Two grids to start from: scale and zero, each (rows, groups, 1).
 
     They span the group and 0, and the group alone. The first keeps zeros small where a group is
     all but constant, and a large zero would lose its digits, or be infinite, in `dtype`.
     """
+    max_code = 2**bits - 1
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     for ends in ((low.clamp(max=0), high.clamp(min=0)), (low, high)):
         # Each end on its own, because their difference can be infinite.
@@ -139,12 +172,17 @@ def _spans(groups: Tensor, max_code: int, dtype: torch.dtype) -> Iterator[tuple[
         # A single value is one step away from 0.
         span = torch.where(span > 0, span, ends[1].abs())
         scale = storable(torch.where(span > 0, span, 1.0), dtype=dtype, max_code=max_code)
-        yield scale, _stored(-ends[0] / scale, dtype)
+        yield scale, -ends[0] / scale
 
 
 def _codes(scaled: Tensor, zero: Tensor, bits: int) -> Tensor:
     return scaled.add(zero).round_().clamp_(0, 2**bits - 1)
 
 
-def _stored(zero: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(zero: Tensor, *, dtype: torch.dtype) -> Tensor:
     return zero.to(dtype).to(zero.dtype)
+
+
+def _in_eight_bits(zero: Tensor, *, bits: int) -> Tensor:
+    part = 2.0 ** (bits - 8)
+    return (zero / part).round_().clamp_(0, 2**bits / part - 1) * part

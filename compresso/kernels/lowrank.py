@@ -53,13 +53,30 @@ def truncate(matrix: Tensor, rank: int, gram: Tensor | None = None) -> LowRank:
     exact = rank >= min(matrix.shape)
     weighted = matrix if gram is None or exact else matrix @ _root(gram).to(matrix.dtype)
     basis = torch.linalg.svd(weighted, full_matrices=False).U[:, :rank]
-    down = basis.T @ matrix
-    length = torch.linalg.vector_norm(down, dim=1)
+    found = balanced(basis, basis.T @ matrix)
     up = matrix.new_zeros(len(matrix), rank)
-    balanced = matrix.new_zeros(rank, matrix.shape[1])
-    up[:, : len(down)] = basis * length.sqrt()
-    balanced[: len(down)] = down * length.clamp(min=torch.finfo(down.dtype).tiny).rsqrt()[:, None]
-    return LowRank(up, balanced)
+    down = matrix.new_zeros(rank, matrix.shape[1])
+    up[:, : basis.shape[1]], down[: basis.shape[1]] = found.up, found.down
+    return LowRank(up, down)
+
+
+def balanced(up: Tensor, down: Tensor) -> LowRank:
+    """The same product, of factors that are alike in size: see `LowRank`. Neither is modified."""
+    least = torch.finfo(down.dtype).tiny
+    sizes = [torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)]
+    ratio = (sizes[1].clamp(min=least) / sizes[0].clamp(min=least)).sqrt()
+    ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), ratio, 0.0)
+    return LowRank(up * ratio, down * torch.where(ratio > 0, 1 / ratio, 0.0)[:, None])
+
+
+def energies(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
+    """What every further rank of `truncate` takes off the error, (smaller side,) float32, falling.
+
+    Arguments as there. All of them together are the error of no correction.
+    """
+    weighted = matrix if gram is None else matrix @ _root(gram).to(matrix.dtype)
+    found: Tensor = torch.linalg.svdvals(weighted)
+    return found.square_()
 
 
 def rank_within(shapes: Iterable[tuple[int, int]], *, parameters: int) -> int:

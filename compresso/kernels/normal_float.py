@@ -149,8 +149,8 @@ def quantize(
     gram: Tensor | None = None,
     *,
     group_size: int,
-    double: bool,
     scale_dtype: torch.dtype,
+    scale_bits: int = 32,
     kind: Kind = "nf4",
 ) -> FloatCodes:
     """Scale blocks to [-1, 1] and round to quantiles of a normal distribution: the `nf4` method.
@@ -159,13 +159,13 @@ def quantize(
     gram:        has no part in this method.
     group_size:  weights that share a maximum: a run of the rows one after another, which may cross
                  from one into the next.
-    double:      store block maxima in 8 bits: 0.37 bits less per weight for blocks of 64.
     scale_dtype: only of decoded weights; block maxima are float32 in this format.
+    scale_bits:  8 to store block maxima as `Nested`: 0.37 bits less per weight for blocks of 64.
 
     Zero is a level: blocks of zeros decode to zeros.
 
     Source: Dettmers et al., arXiv:2305.14314; codes and maxima equal those of bitsandbytes bit by
-    bit. Only codes of maxima, if `double`, are the nearest here, while its CPU kernel looks them up
+    bit. Only codes of maxima in 8 bits are the nearest here, while its CPU kernel looks them up
     in a coarser table, and misses by one where two are all but equally near.
     """
     flat = weight.flatten()
@@ -174,6 +174,7 @@ def quantize(
     order = table.argsort()
     ranks = _nearest(_normalized(flat, absmax, group_size), table[order])
     codes = order.to(torch.uint8).to(weight.device)[ranks.int()]
+    double = scale_bits == 8
     return FloatCodes(codes.view_as(weight), absmax, group_size, double, scale_dtype, kind)
 
 

@@ -67,4 +67,12 @@ def merge_pooled(
             f"a correction merged into a zero is not finite in {zero_dtype}",
             hint="store zeros as float32",
         )
-    return AffineCodes(codes.codes, grid.scale, zero.float(), grid.bits, grid.dtype, zero_dtype)
+    return AffineCodes(
+        codes.codes,
+        grid.scale,
+        zero.float(),
+        grid.bits,
+        grid.dtype,
+        row_scale=grid.row_scale,
+        zero_dtype=zero_dtype,
+    )

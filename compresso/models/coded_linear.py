@@ -3,8 +3,10 @@
 This file is part of every checkpoint that modeling_compresso.py runs. What the codes mean stands in
 config.json, in one of two forms:
 
-    {"kind": "affine", "dtype": "bfloat16", "zero_dtype": "float16", "bits": 3, "group_size": 64}
+    {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64}
     {"kind": "vector", "dtype": "bfloat16", "block": 64, "points": [[0.5, 1.25], ...]}
+
+and either can have "scale_bits": 8, the first "zero_bits" or "zero_dtype".
 """
 
 from __future__ import annotations
@@ -69,8 +71,11 @@ class CodedLinear(nn.Linear):
 
         weight_codes (out, words) int32: the codes of a row as one stream of bits, lowest first; a
                      code has as many as the kind says, or as number its points
-        weight_scale (out, groups): of every `group_size` or `block` weights of a row
-        weight_zero  (out, groups): likewise, of the kind "affine" alone
+        weight_scale (out, groups): of every `group_size` or `block` weights of a row; with
+                     "scale_bits" int8, in 128ths of weight_row_scale (out, 1), which is there then
+        weight_zero  (out, groups): likewise, of the kind "affine" alone; with "zero_bits" int32
+                     (groups, words): as many bits of each zero of a group as one stream, in parts
+                     of 2**(bits - zero_bits); with 0 of them not there, as all are 2**(bits - 1)
 
     An affine code is the weight (code - zero) * scale. A vector code is a point, and that as many
     neighbouring weights as it has numbers; the points of a block, scaled, are multiplied by the
@@ -79,6 +84,7 @@ class CodedLinear(nn.Linear):
 
     weight_codes: Tensor
     weight_scale: Tensor
+    weight_row_scale: Tensor
     weight_zero: Tensor
 
     def __init__(self, linear: nn.Module, kind: dict[str, Any]) -> None:
@@ -91,17 +97,21 @@ class CodedLinear(nn.Linear):
         self._bits = kind["bits"] if affine else (len(points) - 1).bit_length()
         self._codes = self.in_features // len(points[0])
         groups = self.in_features // kind["group_size" if affine else "block"]
-        words = torch.zeros(
-            self.out_features, -(-self._codes * self._bits // 32), dtype=torch.int32
-        )
+        self._stored_for: torch.dtype = getattr(torch, kind["dtype"])
+        self._eight = kind.get("scale_bits") == 8
+        self._zero_bits: int | None = kind.get("zero_bits") if affine else 0
         # transformers loads buffers in the types that they have here.
-        self.register_buffer("weight_codes", words)
-        types = {"weight_scale": kind["dtype"]}
-        if affine:  # zeros are of the same type unless another is given
-            types["weight_zero"] = kind.get("zero_dtype", kind["dtype"])
-        for name, dtype in types.items():
-            values = torch.zeros(self.out_features, groups, dtype=getattr(torch, dtype))
-            self.register_buffer(name, values)
+        self._register("codes", (self.out_features, _words(self._codes, self._bits)), torch.int32)
+        scale_dtype = torch.int8 if self._eight else self._stored_for
+        self._register("scale", (self.out_features, groups), scale_dtype)
+        if self._eight:
+            self._register("row_scale", (self.out_features, 1), self._stored_for)
+        if self._zero_bits is None:
+            zeros_in = getattr(torch, kind.get("zero_dtype", kind["dtype"]))
+            self._register("zero", (self.out_features, groups), zeros_in)
+        elif self._zero_bits:
+            words = _words(self.out_features, self._zero_bits)
+            self._register("zero", (groups, words), torch.int32)
         self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         self._kept: Tensor | None = None
         self._is_hf_initialized = True  # transformers would draw random weights
@@ -109,7 +119,7 @@ class CodedLinear(nn.Linear):
     @property
     def weight(self) -> DecodedWeight:  # type: ignore[override]
         """The weight, (out, in): that of the last forward, or else of the type it is stored for."""
-        dtype = self.weight_scale.dtype if self._kept is None else self._kept.dtype
+        dtype = self._stored_for if self._kept is None else self._kept.dtype
         return self._weight(dtype).as_subclass(DecodedWeight)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -118,27 +128,41 @@ class CodedLinear(nn.Linear):
 
     def decode(self) -> Tensor:
         """The weight, (out, in), in the type that it is stored for."""
-        weight = torch.empty(
-            self.out_features,
-            self.in_features,
-            dtype=self.weight_scale.dtype,
-            device=self.weight_scale.device,
-        )
-        tile = max(1, (CPU_TILE if weight.device.type == "cpu" else GPU_TILE) // self.in_features)
+        device = self.weight_scale.device
+        shape = self.out_features, self.in_features
+        weight = torch.empty(shape, dtype=self._stored_for, device=device)
+        zero = self._zeros()
+        tile = max(1, (CPU_TILE if device.type == "cpu" else GPU_TILE) // self.in_features)
         for start in range(0, self.out_features, tile):
-            self._decode_rows(slice(start, start + tile), weight)
+            self._decode_rows(slice(start, start + tile), zero, weight)
         return weight
 
-    def _decode_rows(self, here: slice, weight: Tensor) -> None:
-        scale = self.weight_scale[here].float()[..., None]
+    def _decode_rows(self, here: slice, zero: Tensor, weight: Tensor) -> None:
+        scale = self.weight_scale[here].float()
+        if self._eight:
+            scale *= self.weight_row_scale[here].float() / 128
+        scale = scale[..., None]
         codes = _unpack(self.weight_codes[here], self._bits, self._codes)
         if self.kind["kind"] == "affine":
             levels = codes.reshape(*scale.shape[:2], -1).float()
-            rows = levels.sub_(self.weight_zero[here].float()[..., None]).mul_(scale)
+            rows = levels.sub_(zero[here][..., None].float()).mul_(scale)
         else:
             points = torch.tensor(self.kind["points"], dtype=torch.float32, device=codes.device)
             rows = _rotate(points[codes.int()].view(*scale.shape[:2], -1).mul_(scale))
         weight[here] = rows.view(len(rows), -1)
+
+    def _zeros(self) -> Tensor:
+        """Of every group, (out, groups); of a kind without any, or with one for all, (out, 1)."""
+        if self._zero_bits is None:
+            return self.weight_zero
+        if self._zero_bits == 0:
+            middle = 2.0 ** (self._bits - 1)
+            return torch.full((self.out_features, 1), middle, device=self.weight_scale.device)
+        parts = _unpack(self.weight_zero, self._zero_bits, self.out_features).t().float()
+        return parts * 2.0 ** (self._bits - self._zero_bits)
+
+    def _register(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.register_buffer(f"weight_{name}", torch.zeros(shape, dtype=dtype))
 
     def extra_repr(self) -> str:
         """What is shown of it: sizes and coding."""
@@ -177,6 +201,10 @@ def out_and_in(linear: nn.Module) -> tuple[int, int]:
     if isinstance(linear, Conv1D):
         return linear.nf, linear.nx
     return linear.out_features, linear.in_features  # type: ignore[return-value]
+
+
+def _words(values: int, bits: int) -> int:
+    return -(-values * bits // 32)
 
 
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:

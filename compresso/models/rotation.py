@@ -107,6 +107,11 @@ class RotatedCheckpoint(Checkpoint):
         """Identifies the contents: by the source's key and the seed."""
         return hashlib.sha256(f"{self._source.key} rotated {self._seed}".encode()).hexdigest()
 
+    @property
+    def plain(self) -> Checkpoint:
+        """The checkpoint that this is a view of."""
+        return self._source
+
     @cached_property
     def adapter(self) -> None:
         """What corrects the source is in the weights already."""

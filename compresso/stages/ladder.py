@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.levels import Decodable, Groups, Ladder, places, weight_names
+from compresso.checkpoint.coded_kinds import Form
 from compresso.checkpoint.layout import Scheme, packed_names
 from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.hadamard import block_size
@@ -25,7 +26,7 @@ SHAPE = 16  # bytes of the shape that is stored with every linear
 
 
 def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
-    """A method at all its widths: with uniform grids, stored packed, or vector grids, coded.
+    """A method at all its widths: with uniform grids, packed or coded, or vector grids, coded.
 
     settings: of the method; its own width has no part. dtype: of the checkpoint, and of scales.
     """
@@ -42,11 +43,13 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
     widths: tuple[int, ...] = WIDTHS
     if hasattr(settings, "dimension"):
         widths = tuple(bits for bits in WIDTHS if bits * (settings.dimension or 1) <= POINT_BITS)
-        nbytes = partial(coded_bytes, block=settings.block, dtype=dtype)
-    else:
         nbytes = partial(
-            packed_bytes, group_size=settings.group_size, symmetric=settings.symmetric, dtype=dtype
+            vector_bytes, block=settings.block, dtype=dtype, scale_bits=settings.scale_bits
         )
+    else:
+        uniform = {"group_size": settings.group_size, "symmetric": settings.symmetric}
+        eight = settings.scale_bits == 8
+        nbytes = partial(eight_bit_bytes if eight else packed_bytes, dtype=dtype, **uniform)
     return Ladder(
         bits=widths,
         quantize=quantize,
@@ -87,12 +90,22 @@ def packed_bytes(
     return sum(stored[name.removeprefix(".")] for name in packed_names("", scheme))
 
 
-def coded_bytes(shape: tuple[int, int], bits: int, *, block: int, dtype: torch.dtype) -> int:
-    """What a linear of that shape, (rows, columns), on a vector grid is stored in, in bytes."""
-    rows, columns = shape
-    return rows * (
-        WORD * _words(columns, bits) + dtype.itemsize * (columns // block_size(columns, block))
-    )
+def eight_bit_bytes(
+    shape: tuple[int, int], bits: int, *, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> int:
+    """What is stored for such a linear with scales in 8 bits, in bytes."""
+    zero_bits = 0 if symmetric else bits
+    return Form(dtype, group_size, 1, bits, scale_bits=8, zero_bits=zero_bits).nbytes(*shape)
+
+
+def vector_bytes(
+    shape: tuple[int, int], bits: int, *, block: int, dtype: torch.dtype, scale_bits: int = 16
+) -> int:
+    """What a linear of that shape, (rows, columns), on a vector grid is stored in, in bytes.
+
+    bits: of a weight. That those of several are one code changes nothing.
+    """
+    return Form(dtype, block_size(shape[1], block), 1, bits, scale_bits=scale_bits).nbytes(*shape)
 
 
 def _words(values: int, bits: int) -> int:

@@ -11,6 +11,8 @@ from compresso.checkpoint import coded
 from compresso.checkpoint.packings import merged_codes
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError
+from compresso.kernels.grid import Packed
+from compresso.kernels.hqq import AffineCodes
 from compresso.kernels.lowrank import LowRank
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
@@ -56,8 +58,9 @@ def merge_zeros(
             entry = {coded.CODED: {module: kind}, coded.KINDS: {kind: known[coded.KINDS][kind]}}
         else:
             codes = merged_codes(source.packing, path, parts, factors.get(path))
-            tensors |= coded.pack(path, codes)
-            entry = coded.describe({module: codes}, transposed=adapter.family.transposed)
+            form = {"symmetric": _symmetric(codes)}
+            tensors |= coded.pack(path, codes, **form)
+            entry = coded.describe({module: codes}, transposed=adapter.family.transposed, **form)
         described.append(entry)
     return tensors, coded.merge(described)
 
@@ -66,3 +69,10 @@ def merged_config(config: Mapping[str, Any], described: Iterable[dict[str, Any]]
     """The config.json of what `merge_zeros` made of all parts. config: the source's."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return restructure(plain, structure_of(plain), coded=coded.merge(described))
+
+
+def _symmetric(codes: Packed | AffineCodes) -> bool:
+    """Whether no zeros need be stored, as all are in the middle."""
+    if not isinstance(codes, Packed):
+        return False
+    return bool((codes.grid.zero == 2 ** (codes.grid.bits - 1)).all())

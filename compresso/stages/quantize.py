@@ -54,12 +54,11 @@ def quantize(
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens, in the original model too if need be, up to the memory budget.
     """
-    settings = step.settings
-    source = merged(source)
+    settings, source = step.settings, merged(source)
     if settings.rotate:
         source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)
-    packed_as = registry.method("quantize", step.method).packed_as
+    packed_as = registry.packed_as(step.method, settings)
     plan = make_plan(adapter, settings, packed_as=packed_as)
     choice = None
     if getattr(settings, "hits_target", False):

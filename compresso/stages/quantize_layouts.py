@@ -101,24 +101,27 @@ class CompressedTensors:
 
 @dataclass(frozen=True)
 class Coded:
-    """Compresso's own layout: vector grids, and uniform grids with any zeros.
+    """Compresso's own layout: vector grids, uniform grids with any zeros, and scales in 8 bits.
 
-    affine: codes are of the second kind.
+    symmetric: codes are of uniform grids that are. zero: codes are of others. row_scale: scales are
+               in 8 bits.
     """
 
     transposed: bool
-    affine: bool
+    symmetric: bool
+    zero: bool
+    row_scale: bool
 
-    def pack(
-        self, name: str, module: str, codes: coded.Codes
-    ) -> tuple[dict[str, Tensor], Described]:
+    def pack(self, name: str, module: str, codes: Codes) -> tuple[dict[str, Tensor], Described]:
         """See `Layout`."""
-        described = coded.describe({module: codes}, transposed=self.transposed)
-        return coded.pack(name, codes), described
+        assert isinstance(codes, Packed | AffineCodes | VectorCodes)
+        options = {"symmetric": self.symmetric}
+        described = coded.describe({module: codes}, transposed=self.transposed, **options)
+        return coded.pack(name, codes, **options), described
 
     def names(self, name: str) -> list[str]:
         """See `Layout`."""
-        return coded.packed_names(name, affine=self.affine)
+        return coded.packed_names(name, zero=self.zero, row_scale=self.row_scale)
 
     def config(self, config: dict[str, Any], described: Iterable[Described]) -> dict[str, Any]:
         """See `Layout`."""
@@ -156,20 +159,21 @@ class BitsAndBytes:
 def make_layout(adapter: ModelAdapter, source: Checkpoint, step: Step, plan: Plan) -> Layout:
     """How the linears of a run are stored.
 
-    Several widths with zeros of their own have no form in compressed-tensors: they are coded.
+    Several widths with zeros of their own, and scales in 8 bits, have no form in
+    compressed-tensors: they are coded.
     """
     settings, transposed = step.settings, adapter.family.transposed
     if not settings.pack:
         return Dense(transposed, source.dtype)
-    packed_as = registry.method("quantize", step.method).packed_as
+    packed_as = registry.packed_as(step.method, settings)
+    eight = getattr(settings, "scale_bits", None) == 8
     if packed_as == "bitsandbytes":
         kind: Literal["nf4", "int8"] = "nf4" if step.method == "nf4" else "int8"
-        double = getattr(settings, "double", False)
-        return BitsAndBytes(kind, double, plan.kept, source.dtype)
-    if packed_as == "coded":
-        return Coded(transposed, affine=not hasattr(settings, "dimension"))
-    if plan.mixed and not settings.symmetric:
-        return Coded(transposed, affine=True)
+        return BitsAndBytes(kind, eight, plan.kept, source.dtype)
+    symmetric = getattr(settings, "symmetric", False)
+    if packed_as == "coded" or (plan.mixed and not symmetric):
+        zero = not symmetric and not hasattr(settings, "dimension")
+        return Coded(transposed, symmetric=symmetric, zero=zero, row_scale=eight)
     schemes: dict[str, Scheme] = {}
     modules: dict[str, str] = {}
     for index, groups in enumerate(plan.groups):

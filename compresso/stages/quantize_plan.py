@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compresso.errors import ConfigError
+from compresso.kernels.hadamard import block_size
 from compresso.models.adapter import ModelAdapter
-from compresso.quantize_settings import DEFAULT_BITS, LinearChoice
+from compresso.quantize_settings import DEFAULT_BITS, LinearChoice, Nf4Settings
 
 COMPRESSED_TENSORS = "compressed-tensors"
 
@@ -45,8 +46,9 @@ def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) 
 
     packed_as: the layout of packed linears, as the registry names it.
 
-    Raises ConfigError if a linear's columns do not divide into groups, an `ignore` pattern
-    matches no linear, nothing is left, or the family's linears have no packed form.
+    Raises ConfigError if a linear's columns do not divide into groups, or have one scale where
+    several are to share one, an `ignore` pattern matches no linear, nothing is left, or the
+    family's linears have no packed form.
     """
     if settings.pack and adapter.family.transposed and packed_as == COMPRESSED_TENSORS:
         raise ConfigError(
@@ -54,7 +56,6 @@ def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) 
             " packed layout cannot express",
             hint="pass `--no-pack` to store the rounded weights dense",
         )
-    divisor = _divisor(settings)
     unused = set(settings.ignore)
     groups: list[list[tuple[str, ...]]] = []
     kept: list[str] = []
@@ -71,7 +72,7 @@ def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) 
             kept += [prefix + path for path in group if matches[path]]
             if chosen := tuple(path for path in group if not matches[path]):
                 groups[-1].append(chosen)
-                _check_columns(adapter, index, chosen, divisor)
+                _check_block(adapter, index, chosen, settings)
     example = f"{adapter.module_prefix(0)}{adapter.family.linears[0][0]}"
     if unused:
         raise ConfigError(
@@ -81,7 +82,7 @@ def make_plan(adapter: ModelAdapter, settings: LinearChoice, *, packed_as: str) 
     if not any(groups) and not settings.lm_head:
         raise ConfigError("`ignore` leaves no linear to quantize")
     if settings.lm_head:
-        _check_head(adapter, divisor)
+        _check_head(adapter, settings)
     else:
         kept.append(adapter.family.head)
     bits = getattr(settings, "bits", None)
@@ -107,24 +108,34 @@ def _matching(name: str, path: str, patterns: tuple[str, ...]) -> str | None:
     return None
 
 
-def _divisor(settings: LinearChoice) -> int:
-    """What the columns of every linear must divide by."""
-    size: int = getattr(settings, "group_size", -1)
-    return (getattr(settings, "dimension", None) or 1) if size == -1 else size
-
-
-def _check_columns(adapter: ModelAdapter, index: int, paths: tuple[str, ...], divisor: int) -> None:
+def _check_block(
+    adapter: ModelAdapter, index: int, paths: tuple[str, ...], settings: LinearChoice
+) -> None:
     for path in paths:
         columns = adapter.weight(adapter.blocks[index], path).shape[1]
-        if columns % divisor:
-            raise ConfigError(
-                f"`{adapter.module_prefix(index)}{path}` has {columns} columns, which do not"
-                f" divide into groups of {divisor}",
-                hint="choose a `--group-size` that divides, -1 for whole rows, or `--ignore` it",
-            )
+        _check_columns(f"{adapter.module_prefix(index)}{path}", columns, settings)
 
 
-def _check_head(adapter: ModelAdapter, divisor: int) -> None:
+def _check_columns(name: str, columns: int, settings: LinearChoice) -> None:
+    """Raises ConfigError if the columns of a linear cannot be grouped as the settings say."""
+    size: int = getattr(settings, "group_size", -1)
+    divisor = (getattr(settings, "dimension", None) or 1) if size == -1 else size
+    if columns % divisor:
+        raise ConfigError(
+            f"`{name}` has {columns} columns, which do not divide into groups of {divisor}",
+            hint="choose a `--group-size` that divides, -1 for whole rows, or `--ignore` it",
+        )
+    block = getattr(settings, "block", None)
+    group = block_size(columns, block) if block else columns if size == -1 else size
+    shared = getattr(settings, "scale_bits", None) == 8 and not isinstance(settings, Nf4Settings)
+    if shared and group == columns:
+        raise ConfigError(
+            f"`{name}` has one scale for each row, which 8 bits would only make larger",
+            hint="choose smaller groups (`--group-size`, `--hadamard`) or leave out `--scale-bits`",
+        )
+
+
+def _check_head(adapter: ModelAdapter, settings: LinearChoice) -> None:
     if adapter.tied:
         raise ConfigError(
             "the output head shares its weights with the embedding, which stays dense",
@@ -136,8 +147,4 @@ def _check_head(adapter: ModelAdapter, divisor: int) -> None:
             hint="leave out `--lm-head`",
         )
     columns = adapter.model.get_output_embeddings().weight.shape[1]
-    if columns % divisor:
-        raise ConfigError(
-            f"`{adapter.family.head}` has {columns} columns, which do not divide into groups of"
-            f" {divisor}"
-        )
+    _check_columns(adapter.family.head, columns, settings)

@@ -80,7 +80,8 @@ def write(model: PreTrainedModel, path: Path, kind: str, *, double: bool) -> Non
         if kind == "int8":
             codes: Any = quantize_rows(weight, **options)
         else:
-            codes = quantize(weight, group_size=64, double=double, kind=kind, **options)  # type: ignore[arg-type]
+            options["scale_bits"] = 8 if double else 32
+            codes = quantize(weight, group_size=64, kind=kind, **options)  # type: ignore[arg-type]
         parts = pack(stored.removesuffix(".weight"), codes)
         assert list(parts) == packed_names(stored.removesuffix(".weight"), kind, double=double)  # type: ignore[arg-type]
         tensors |= parts
@@ -226,7 +227,7 @@ def test_transposed_families_are_known():
 
 def codes(rows: int = 64, columns: int = 128) -> Any:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return quantize(weight, group_size=64, double=True, scale_dtype=torch.float32)
+    return quantize(weight, group_size=64, scale_bits=8, scale_dtype=torch.float32)
 
 
 def test_a_missing_part_is_named():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from coding import KINDS, affine, uniform, vector
+from coding import KINDS, affine, eight, is_symmetric, uniform, vector
 from samples import write
 from torch import Tensor
 
 from compresso.checkpoint import coded
+from compresso.checkpoint.coded_kinds import Form, kind_of
 from compresso.checkpoint.directory import TensorInfo
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError
@@ -38,14 +40,17 @@ def opened(tensors: dict[str, Tensor], description: Any) -> coded.Coded:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_decodes_to_what_was_coded(kind: str, dtype: torch.dtype) -> None:
     codes = KINDS[kind](24, 96, dtype, 3)
-    tensors = coded.pack("a.b", codes)
-    packing = opened(tensors, coded.describe({"a.b": codes}))
+    symmetric = is_symmetric(codes)
+    tensors = coded.pack("a.b", codes, symmetric=symmetric)
+    packing = opened(tensors, coded.describe({"a.b": codes}, symmetric=symmetric))
     assert packing.shapes == {"a.b": (24, 96)} and packing.names("a.b") == list(tensors)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     assert torch.equal(packing.decode("a.b", tensors), codes.decode())
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items())
-    zeros = {getattr(torch, kind.split()[0])} if kind.endswith(" zeros") else set()
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.int32, dtype} | zeros
+    zeros = {getattr(torch, kind.split()[0])} if " zeros" in kind else set()
+    types = {tensor.dtype for tensor in tensors.values()}
+    assert types - {torch.int8} == {torch.int32, dtype} | zeros
+    assert (tensors["a.b.weight_scale"].dtype == torch.int8) == kind.endswith("s8")
 
 
 @pytest.mark.parametrize("kind", ["p2n256", "3 bits"])
@@ -64,13 +69,24 @@ def test_dense_weights_that_are_stored_transposed(kind: str) -> None:
         (vector(256, 4)(32, 512, torch.bfloat16, 0), 2 + 16 / 512),
         (vector(90, 2)(32, 512, torch.bfloat16, 0), 3.5 + 16 / 512),
         (affine(3, 64)(32, 512, torch.bfloat16, 0), 3 + 32 / 64),
-        (affine(3, 64, torch.float16)(32, 512, torch.bfloat16, 0), 3 + 32 / 64),
-        (affine(3, 64, torch.float32)(32, 512, torch.bfloat16, 0), 3 + 48 / 64),
+        (affine(3, 64, zeros=torch.float16)(32, 512, torch.bfloat16, 0), 3 + 32 / 64),
+        (affine(3, 64, zeros=torch.float32)(32, 512, torch.bfloat16, 0), 3 + 48 / 64),
+        (uniform(2, 64)(32, 512, torch.bfloat16, 0), 2 + (16 + 2) / 64),
+        (uniform(3, 64, symmetric=True)(32, 512, torch.bfloat16, 0), 3 + 16 / 64),
+        (eight(vector(256, 4, 64))(32, 512, torch.bfloat16, 0), 2 + 8 / 64 + 16 / 512),
+        (eight(affine(3, 64, zero_bits=8))(32, 512, torch.bfloat16, 0), 3 + 16 / 64 + 16 / 512),
+        (eight(uniform(2, 64))(32, 512, torch.bfloat16, 0), 2 + (8 + 2) / 64 + 16 / 512),
+        (
+            eight(uniform(2, 32, symmetric=True))(32, 512, torch.bfloat16, 0),
+            2 + 8 / 32 + 16 / 512,
+        ),
     ],
 )
 def test_stored_size(codes: coded.Codes, bits: float) -> None:
-    stored = sum(tensor.nbytes for tensor in coded.pack("x", codes).values())
+    symmetric = is_symmetric(codes)
+    stored = sum(tensor.nbytes for tensor in coded.pack("x", codes, symmetric=symmetric).values())
     assert stored * 8 / (32 * 512) == bits
+    assert Form.read(*kind_of(codes, symmetric=symmetric)).nbytes(32, 512) == stored
 
 
 def test_a_code_is_a_point_of_the_rotated_block() -> None:
@@ -85,6 +101,25 @@ def test_a_code_is_a_point_of_the_rotated_block() -> None:
     rotated = torch.tensor(signs, dtype=torch.float64) @ run.double() / 8
     expected = rotated * tensors["x.weight_scale"][1].double()
     torch.testing.assert_close(codes.decode()[1].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_bits", [2, 8])
+def test_scales_and_zeros_in_few_bits(zero_bits: int) -> None:
+    """The stored form, read by hand."""
+    codes = eight(affine(2, 16, zero_bits=zero_bits))(8, 64, torch.float16, 5)
+    tensors = coded.pack("x", codes)
+    (kind,) = coded.describe({"x": codes})["coded_kinds"].values()
+    sizes = {"bits": 2, "group_size": 16, "zero_bits": zero_bits, "scale_bits": 8}
+    assert kind == {"kind": "affine", "dtype": "float16", **sizes}
+    scale = tensors["x.weight_scale"].double() * tensors["x.weight_row_scale"].double() / 128
+    for row, group in ((0, 0), (5, 3)):
+        stream = sum(
+            (int(w) % 2**32) << 32 * i for i, w in enumerate(tensors["x.weight_zero"][group])
+        )
+        zero = (stream >> zero_bits * row) % 2**zero_bits * 2.0 ** (2 - zero_bits)
+        code = int(tensors["x.weight_codes"][row, group]) & 3
+        expected = (code - zero) * scale[row, group]
+        assert codes.decode()[row, 16 * group].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_descriptions_are_merged() -> None:
@@ -111,8 +146,15 @@ def test_what_would_not_survive_is_refused() -> None:
             k: v if k in ("codes", name) else v.bfloat16().float() for k, v in changed.items()
         }
         bad = type(codes)(**changed, bits=3, dtype=torch.bfloat16)
-        with pytest.raises(ValueError, match=rf"`x.weight_{name}` is not exact in torch.bfloat16"):
+        with pytest.raises(ValueError, match=rf"`x.weight_{name}` is not exact"):
             coded.pack("x", bad)
+    whole = uniform(2)(8, 64, torch.float32, 0)
+    with pytest.raises(ValueError, match=r"`x.weight_zero` is not exact"):
+        coded.pack("x", whole, symmetric=True)
+    fine = eight(affine(2, 16, zero_bits=8))(8, 64, torch.float32, 0)
+    for changed in ({"zero": fine.zero + 4}, {"zero": fine.zero + 1e-3}, {"scale": fine.scale * 3}):
+        with pytest.raises(ValueError, match=f"`x.weight_{next(iter(changed))}` is not exact"):
+            coded.pack("x", replace(fine, **changed))
 
 
 def test_config_and_tensors_that_do_not_agree() -> None:
@@ -138,6 +180,9 @@ def test_config_and_tensors_that_do_not_agree() -> None:
         {"group_size": None},
         {"group_size": 0},
         {"bits": "3"},
+        {"scale_bits": 4},
+        {"zero_bits": 9},
+        {"zero_bits": "8"},
     ):
         with pytest.raises(CheckpointError, match=r"coding `b3g32` in config.json cannot be read"):
             opened(tensors, {**description, "coded_kinds": {"b3g32": {**kind, **bad}}})
@@ -149,6 +194,18 @@ def test_config_and_tensors_that_do_not_agree() -> None:
     ):
         with pytest.raises(CheckpointError, match=f"`{name}` is "):
             opened({**tensors, name: tensor}, description)
+
+
+def test_tensors_of_another_kind_of_scale() -> None:
+    codes = eight(uniform(2, 16))(8, 64, torch.bfloat16, 0)
+    tensors, description = coded.pack("x", codes), coded.describe({"x": codes})
+    (kind,) = description["coded_kinds"].values()
+    plain = {k: v for k, v in kind.items() if k != "scale_bits"}
+    with pytest.raises(CheckpointError, match=r"`x.weight_scale` is \(8, 4\) torch.int8, not"):
+        opened(tensors, {**description, "coded_kinds": {"b2g16z2s8": plain}})
+    del tensors["x.weight_row_scale"]
+    with pytest.raises(CheckpointError, match=r"no tensor `x.weight_row_scale`"):
+        opened(tensors, description)
 
 
 def test_a_code_that_is_no_point() -> None:

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
 from compresso.kernels import grid as module
-from compresso.kernels.grid import Grid, Packed, fit_grid, quantize, round_to_grid, storable
+from compresso.kernels.grid import Grid, Packed, fit_grid, quantize, round_to_grid
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BOTH = pytest.mark.parametrize("symmetric", [True, False])
@@ -184,18 +184,6 @@ def test_scales_that_float16_cannot_hold(symmetric):
     assert (decoded[1] - weight[1]).abs().max() < 0.5e-6
     assert (decoded[1] - weight[1]).norm() < 0.15 * weight[1].norm()
     assert (decoded[2].sign() == weight[2].sign())[weight[2].abs() > 2e4].all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_storable_scales(dtype):
-    info = torch.finfo(dtype)
-    least = info.smallest_normal * info.eps
-    given = torch.tensor([least / 4, -least / 4, info.max, -info.max, 1 / 3, -1 / 3])
-    stored = storable(given, dtype=dtype, max_code=15)
-    assert torch.equal(stored, stored.to(dtype).float())
-    assert (stored[:2] == torch.tensor([least, -least])).all()
-    assert (stored[2:4].abs() * 15).to(dtype).isfinite().all()
-    torch.testing.assert_close(stored[4:], given[4:], rtol=info.eps / 2, atol=0)
 
 
 @BOTH

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from coding import KINDS, affine, save_coded, vector
+from coding import KINDS, affine, eight, is_symmetric, save_coded, uniform, vector
 from restructured import STRUCTURES, scalars
 from tiny_models import BLOCKS, build, tokens
 from torch import nn
@@ -111,7 +111,8 @@ def test_blocks_that_are_not_whole(name, structure, tmp_path):
 @pytest.mark.parametrize("wanted", DTYPES)
 def test_loaded_in_another_type(stored, wanted, tmp_path):
     model = build("llama", dtype=stored).to(stored)
-    pair = save_coded(model, tmp_path, [vector(), affine()], head=True)
+    eights = [eight(uniform(2, 8)), eight(vector(256, 2, 16))]
+    pair = save_coded(model, tmp_path, [vector(), affine(), *eights], head=True)
     found = load(pair.coded.path, dtype=wanted)
     dense = load(pair.dense.path, dtype=wanted)
     assert found.dtype == wanted and torch.equal(logits(found), logits(dense))
@@ -120,7 +121,8 @@ def test_loaded_in_another_type(stored, wanted, tmp_path):
     logits(cast)
     back = cast.to(torch.bfloat16).to(wanted)  # what is cast is never the codes
     for name, linear in coded_linears(back).items():
-        dtype = linear.weight_scale.dtype
+        eight_bits = linear.kind.get("scale_bits") == 8
+        dtype = (linear.weight_row_scale if eight_bits else linear.weight_scale).dtype
         assert dtype == stored and linear.weight_codes.dtype == torch.int32
         expected = pair.dense.load([f"{name}.weight"])[f"{name}.weight"]
         assert torch.equal(linear.weight, expected)
@@ -188,7 +190,7 @@ def test_codes_are_held_and_the_weight_from_the_first_forward_on(tmp_path):
 def test_saving_and_loading_again(name, ran, tmp_path):
     model = build(name, dtype=torch.bfloat16).to(torch.bfloat16)
     head = name != "gpt2"
-    pair = save_coded(model, tmp_path, [vector(), affine()], head=head)
+    pair = save_coded(model, tmp_path, [vector(), affine(), eight(uniform(3, 8))], head=head)
     model = load(pair.coded.path)
     if ran:
         logits(model)
@@ -256,13 +258,17 @@ def test_compiled_as_one_graph(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (700, 256), (3000, 96), (1, 1024)])
-@pytest.mark.parametrize("kind", ["p2n256", "p4n256", "p1n8", "8 bits"])
+@pytest.mark.parametrize(
+    "kind", ["p2n256", "p4n256", "p1n8", "8 bits", "p2n256 s8", "4 bits z8 s8", "symmetric s8"]
+)
 def test_it_is_bit_identical_to_the_reader(shape, kind, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         codes = KINDS[kind](*shape, dtype, 1)
-        (entry,) = describe({"x": codes})["coded_kinds"].values()
+        symmetric = is_symmetric(codes)
+        (entry,) = describe({"x": codes}, symmetric=symmetric)["coded_kinds"].values()
         linear = CodedLinear(nn.Linear(shape[1], shape[0]), json.loads(json.dumps(entry)))
-        tensors = {name.removeprefix("x."): t for name, t in pack("x", codes).items()}
+        packed = pack("x", codes, symmetric=symmetric)
+        tensors = {name.removeprefix("x."): t for name, t in packed.items()}
         linear.load_state_dict({**tensors, "bias": torch.zeros(shape[0])})
         assert linear.weight.dtype == dtype
         assert torch.equal(linear.weight.float(), codes.decode())

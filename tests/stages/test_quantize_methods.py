@@ -35,13 +35,24 @@ METHODS = {
     "gptq+higgs matched": {"bits": 2, "match": 0.5},
     "hqq": {"bits": 3},
     "nf4": {},
-    "nf4 double": {"double": True},
+    "nf4 double": {"scale_bits": 8},
     "int8": {},
     "rtn mixed": {"target_bits": 4.0, "symmetric": False},
     "gptq mixed": {"target_bits": 4.0},
     "higgs mixed": {"target_bits": 3.2},
     "gptq+higgs mixed": {"target_bits": 3.2, "dimension": 1},
 }
+# Scales in 8 bits.
+SCALES = {
+    "gptq scales": {"bits": 2, "group_size": 16},
+    "rsq scales": {"bits": 2, "group_size": 16, "symmetric": False},
+    "autoround scales": {"steps": 4, "group_size": 16},
+    "higgs scales": {"bits": 2, "block": 16},
+    "gptq+higgs scales": {"bits": 2, "block": 16},
+    "hqq scales": {"bits": 3, "group_size": 16},
+    "rtn scales mixed": {"target_bits": 3.7, "group_size": 16, "symmetric": False},
+}
+METHODS |= {name: {**values, "scale_bits": 8} for name, values in SCALES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +143,16 @@ def test_a_stopped_run_ends_in_the_same_bytes(model, tmp_path, name, monkeypatch
     assert whole.config == resumed.config
 
 
-@pytest.mark.parametrize("name", ["higgs", "hqq", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["higgs", "hqq", "nf4", "int8", "rtn scales"])
 def test_gpt2_is_packed_too(model, tmp_path, name):
     torch.manual_seed(0)
     path = tmp_path / "gpt2"
     config = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     shutil.copy(model.parent / "tokens.npy", tmp_path)
-    found = weights(run(path, tmp_path / "out", name))
-    expected = weights(run(path, tmp_path / "dense", name, pack=False))
+    values = {"scale_bits": 8, "group_size": 16} if name == "rtn scales" else {}
+    found = weights(run(path, tmp_path / "out", name, **values))
+    expected = weights(run(path, tmp_path / "dense", name, **values, pack=False))
     for tensor in expected:
         assert torch.equal(expected[tensor], found[tensor]), tensor
 
@@ -202,6 +214,49 @@ def test_a_size_counts_everything(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("gptq", {"group_size": 16}),
+        ("gptq", {"group_size": 16, "symmetric": False}),
+        ("hqq", {"group_size": 16}),
+        ("gptq+higgs", {"block": 16}),
+    ],
+)
+def test_scales_in_eight_bits_take_less_and_lose_little(model, tmp_path, method, values):
+    found = {}
+    for bits in (16, 8):
+        target = tmp_path / str(bits)
+        found[bits] = run(model, target, method, bits=2, scale_bits=bits, lm_head=False, **values)
+    assert "quantization_config" not in found[8].config
+    rows = {
+        bits: json.loads((one.path / "compresso.json").read_text())["report"]["rows"]
+        for bits, one in found.items()
+    }
+    for plain, row in zip(rows[16], rows[8], strict=True):
+        columns = 192 if "down_proj" in row["linear"] else 64
+        saved = 8 / 16 * (2 if method == "hqq" else 1) - 16 / columns
+        shape = 8 * 16 / row["parameters"] if method == "gptq" else 0  # no shape is stored
+        assert plain["stored_bits"] - row["stored_bits"] == pytest.approx(saved + shape)
+        error = "output_error" if "output_error" in row else "weight_error"
+        assert row[error] < 1.15 * plain[error]
+    means = [sum(row["weight_error"] for row in rows[bits]) for bits in (16, 8)]
+    assert means[1] < 1.05 * means[0]
+    size = found[8].stored_bytes
+    assert size == sum(found[8].info(name).nbytes for name in found[8].names())
+
+
+def test_a_target_counts_the_scales_and_zeros_that_are_stored(model, tmp_path):
+    """To the byte where codes are ours; else up to the shapes that only the other layout has."""
+    for bits, missing in ((8, 0), (16, 14 * 16)):
+        values = {"group_size": 16, "symmetric": False, "target_bits": 4.3, "allocation": "zd"}
+        written = run(model, tmp_path / str(bits), "rtn", scale_bits=bits, **values)
+        summary = json.loads((written.path / "compresso.json").read_text())["report"]["summary"]
+        assert len({row["bits"] for row in summary["choice"]["groups"]}) > 1
+        assert summary["choice"]["bytes"] - missing == written.stored_bytes
+        assert written.packed and "coded" in written.config["compresso"]
+
+
+@pytest.mark.parametrize(
     ("method", "values", "message"),
     [
         ("rtn", {"size": "1KB"}, "`size`: 1KB cannot be reached"),
@@ -214,6 +269,12 @@ def test_a_size_counts_everything(model, tmp_path):
         ("nf4", {"group_size": 128}, "64 columns, which do not divide into groups of 128"),
         ("gptq", {"lm_head": True}, "shares its weights with the embedding"),
         ("autoround", {"size": "1MB"}, "method `autoround` has no `size`"),
+        ("int8", {"scale_bits": 8}, "method `int8` has no `scale_bits`"),
+        ("nf4", {"scale_bits": 16}, "`scale_bits`: input should be 8 or 32"),
+        ("rtn", {"scale_bits": 4}, "`scale_bits`: input should be 8 or 16"),
+        ("hqq", {"scale_bits": 8}, "`model.layers.0.self_attn.q_proj` has one scale for each row"),
+        ("gptq", {"scale_bits": 8, "group_size": -1}, "which 8 bits would only make larger"),
+        ("higgs", {"scale_bits": 8}, "which 8 bits would only make larger"),
     ],
 )
 def test_what_is_refused(model, tmp_path, method, values, message):

@@ -1,0 +1,199 @@
+"""Correct the linears of a compressed model by matrices of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresso import registry
+from compresso.calibration.data import Calibration
+from compresso.calibration.following import Following
+from compresso.calibration.probe import probe_tokens
+from compresso.calibration.states import States
+from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.checkpoint.proof import Fingerprint
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
+from compresso.recipe import Step
+from compresso.report import Report
+from compresso.runtime import Runtime, track
+from compresso.stages.compensate_forms import Factors, Within, factors_of
+from compresso.stages.compensate_plan import Plan, make_plan
+from compresso.stages.compensate_work import Work
+from compresso.stages.original import original_of
+from compresso.stages.rank_choice import choose_ranks
+from compresso.stages.requantize import requantize
+
+Stage = Callable[..., Report]
+
+
+def compensate(
+    source: Checkpoint,
+    step: Step,
+    calibration: Calibration | None,
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> Report:
+    """Correct the source's linears so that the model comes near its original, as the method says.
+
+    The weights stay as they are, bit by bit, and corrections become an adapter beside them; or they
+    are added to weights that are dense, or stored in blocks that share weights. `lq-lora` and
+    `loftq` choose new codes as well.
+    """
+    if step.method == "eora":
+        stage: Stage = eora
+    elif step.method in ("lq-lora", "loftq"):
+        stage = requantize
+    else:
+        stage = registry.load(registry.method("compensate", step.method).code)
+    return stage(source, step, calibration, target, runtime)
+
+
+@torch.no_grad()
+def eora(
+    source: Checkpoint,
+    step: Step,
+    calibration: Calibration,
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> Report:
+    """The best correction of every linear's output on calibration text.
+
+    Blocks are corrected in order, and within a block the input groups, each for the inputs that
+    reach it in the model corrected so far. With a size, a first walk measures what every rank of
+    every linear is worth. A block is committed as soon as it is done; a restarted run goes on after
+    the committed ones.
+
+    Reports a row per corrected linear: rank, bytes, and the squared error of its output, relative to
+    what it should be, before and after.
+
+    Peak memory: one block's weights and its original's, one gram and its factor, and the hidden
+    states of the calibration tokens, in the original model too for `match`, up to the memory
+    budget.
+    """
+    settings = step.settings
+    original = original_of(source, settings.original, trust_remote_code=runtime.trust_remote_code)
+    plan = make_plan(source, original, settings, runtime)
+    run = _Run(plan, settings, calibration, target, runtime)
+    ranks = run.ranks()
+    states, following = run.enter()
+    run.write(states, following, ranks)
+    return run.report(states)
+
+
+class _Run:
+    """One run of `eora`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Any,
+        calibration: Calibration,
+        target: CheckpointWriter,
+        runtime: Runtime,
+    ) -> None:
+        self.plan = plan
+        self.pair = plan.pair
+        self.work = Work(plan.pair, weighted=settings.weighted, match=settings.match)
+        self.batches = calibration.batches if settings.weighted else []
+        self.target = target
+        self.runtime = runtime
+        self.probe = probe_tokens(self.pair.adapter.config.get_text_config().vocab_size)
+
+    def enter(self) -> tuple[States, Following | None]:
+        """What enters the first block, and the original beside it if it is needed."""
+        follows, pair = self.work.match > 0, self.pair
+        budget = self.runtime.max_memory // (1 + follows)
+        spill_dir = self.target.partial
+        states = enter_blocks(
+            pair.adapter,
+            pair.source,
+            self.batches,
+            probe=self.probe,
+            budget=budget,
+            spill_dir=spill_dir,
+        )
+        if not follows:
+            return states, None
+        theirs = enter_blocks(
+            pair.theirs,
+            pair.original,
+            self.batches,
+            probe=None,
+            budget=budget,
+            spill_dir=spill_dir,
+        )
+        structure = pair.adapter.structure
+        return states, Following(pair.theirs, pair.original, theirs, pair.blocks, structure)
+
+    def ranks(self) -> dict[str, int]:
+        """Of every linear that may be corrected. A restarted run has those of the first."""
+        if self.plan.rank is not None:
+            full = isinstance(self.plan.form, Within)  # which has one rank for all
+            return {
+                name: self.plan.rank if full else min(self.plan.rank, *shape)
+                for name, shape in self.plan.shapes.items()
+            }
+        state = self.target.recall()
+        if state is None:
+            states, following = self.enter()
+            state = {"ranks": choose_ranks(self.work, self.plan, states, following)}
+            self.target.remember(state)
+        ranks: dict[str, int] = state["ranks"]
+        return ranks
+
+    def write(self, states: States, following: Following | None, ranks: Mapping[str, int]) -> None:
+        """Commit the blocks that are not committed yet, and last what is in none."""
+        pair, target, form = self.pair, self.target, self.plan.form
+
+        def restore(index: int) -> dict[str, Tensor] | None:
+            if (part := target.restore(index)) is None:
+                return None
+            return form.restored(part[0], target.restore_beside(index) or {})
+
+        blocks = walk_blocks(pair.adapter, pair.source, states, restore=restore)
+        for block in track(blocks, pair.adapter.count, "compensate eora"):
+            if following is not None:
+                following.follow(block.index, keep=not block.restored)
+            if not block.restored:
+                done = self.work.correct(block, following, form, ranks)
+                report = {"rows": done.rows}
+                target.commit(block.index, done.tensors, report, beside=done.beside)
+                del done
+        outside = pair.source.load(pair.stored(None))
+        target.commit(pair.adapter.count, outside, {"rows": []})
+
+    def report(self, states: States) -> Report:
+        """What was done, once all is committed."""
+        pair, report = self.pair, Report()
+        factors: Factors = {}
+        for part in range(pair.adapter.count + 1):
+            committed = self.target.restore(part)
+            assert committed is not None
+            report.rows += committed[1]["rows"]
+            factors |= factors_of(self.target.restore_beside(part) or {})
+        report.adapter = factors or None
+        report.config = pair.source.config
+        report.expected = pair.source.names()
+        report.carried = pair.adapter.unmapped_tensors()
+        assert states.probe is not None
+        logits = pair.adapter.logits(pair.source, states.probe).cpu()
+        report.fingerprint = Fingerprint(self.probe, logits)
+        report.summary = _summary(report.rows, pair.source)
+        return report
+
+
+def _summary(rows: list[dict[str, Any]], source: Checkpoint) -> dict[str, Any]:
+    """Means over corrected linears, and sizes."""
+    summary: dict[str, Any] = {"linears": len(rows)}
+    for key in ("output_error_before", "output_error", "weight_error_before", "weight_error"):
+        if values := [row[key] for row in rows if key in row]:
+            summary[f"mean_{key}"] = sum(values) / len(values)
+    ranks = [row["rank"] for row in rows]
+    if ranks:
+        summary |= {"least_rank": min(ranks), "most_rank": max(ranks)}
+    added = sum(row["bytes"] for row in rows)
+    return summary | {"bytes_before": source.stored_bytes, "bytes_added": added}

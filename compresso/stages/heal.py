@@ -1,0 +1,283 @@
+"""Train a model briefly, to give back what compression took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any
+
+import torch
+from torch import nn
+
+from compresso.calibration.data import Calibration
+from compresso.calibration.generated import Author
+from compresso.calibration.opening import open_adapter
+from compresso.checkpoint.changed import ChangedCheckpoint
+from compresso.checkpoint.kept import KeptState
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.errors import ConfigError
+from compresso.heal_settings import DEFAULT_STEPS
+from compresso.models.adapter import ModelAdapter
+from compresso.recipe import Step
+from compresso.report import Report, rows_to_csv
+from compresso.runtime import Runtime
+from compresso.stages.heal_choice import Trained, draw, trained
+from compresso.stages.heal_measure import measure
+from compresso.stages.heal_memory import Load, decide_checkpointing
+from compresso.stages.heal_output import Output, of_corrections, write_output
+from compresso.stages.heal_text import Text, find_original, load_text, open_objective
+from compresso.stages.plots import wants_plot
+from compresso.stages.training_plot import draw_training
+from compresso.training.loop import train
+from compresso.training.model import TrainingModel
+from compresso.training.options import History, TrainOptions
+from compresso.training.processes import Processes, join
+
+CSV, PICTURE = "training.csv", "training.png"
+MANY_EPOCHS = 8
+# Largest learning rates, where the user names none.
+RATES = {"lora": 1e-3, "qlora": 1e-3, "norms": 1e-3}
+RATE_OF_WEIGHTS = 1e-4
+
+
+def heal(
+    source: Checkpoint,
+    step: Step,
+    calibration: Calibration | None,
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> Report:
+    """Train what the method says, and write the model with the least held-out loss.
+
+    What is not trained is stored as it was, bit for bit. A restarted run goes on from the last
+    state that was kept.
+
+    Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
+    parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of
+    what is written, and the share of the lost log-perplexity that came back.
+
+    Peak memory: the whole model, what is trained five times in float32, and what the sequences run
+    at once leave behind in all blocks.
+    """
+    assert calibration is not None
+    drawing = wants_plot(step.settings.plot)
+    report, processes = Report(), join(runtime.device)
+    original = find_original(source, step, report.warnings)
+    with processes.first_alone():
+        author = Author(original or source, runtime, target.target.parent)
+        text = load_text(calibration, step, source, author)
+    work = _Work(source, step, text, target, runtime, report)
+    history, output = work.train(original, processes)
+    if processes.first:
+        work.write(output)
+        work.tell(original, history, drawing=drawing)
+    return report
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One heal run."""
+
+    source: Checkpoint
+    step: Step
+    text: Text
+    target: CheckpointWriter
+    runtime: Runtime
+    report: Report
+
+    def train(self, original: Checkpoint | None, processes: Processes) -> tuple[History, Output]:
+        """What training came to, and what of it is to be written."""
+        source, step = self.source, self.step
+        _check(source, step)
+        # Corrections that are there already are trained on, so weights come without them.
+        base = ChangedCheckpoint(source) if source.adapter is not None else source
+        adapter = open_adapter(base, self.runtime, dtype=self._dtype())
+        moved = trained(adapter, source, step)
+        options = self._options(adapter, moved)
+        directory = self.target.partial / WORK
+        model = TrainingModel(adapter, base, packed=step.method == "qlora")
+        teaching = open_objective(source, original, step, self.text, directory, self.runtime)
+        with teaching as objective, model:
+            history = train(
+                model,
+                self._parameters(model, moved),
+                objective,
+                self.text.data,
+                self.text.heldout,
+                options,
+                store=KeptState(directory, writes=processes.first),
+                choose=self._draws(moved),
+                processes=processes,
+                title="heal",
+            )
+            self._sum_up(moved, model, history)
+            if not moved.linears:
+                return history, Output(model.trained_tensors())
+            merge = not source.packed and step.settings.merge is not False
+            return history, of_corrections(model, source, merge=merge)
+
+    def write(self, output: Output) -> None:
+        """Commit all parts; measure what they make up."""
+        report, source = self.report, self.source
+        healed = output.changed(source)
+        perplexity, report.fingerprint = measure(
+            healed,
+            self.text.batches,
+            self.runtime,
+            spill_dir=self.target.partial,
+            title="heal: result",
+        )
+        report.summary["ppl_healed"] = perplexity
+        adapter = open_adapter(source, self.runtime)
+        report.summary["unchanged_tensors"] = write_output(adapter, source, output, self.target)
+        report.adapter = output.factors
+        report.config = source.config
+        report.expected = source.names()
+        report.carried = adapter.unmapped_tensors()
+
+    def tell(self, original: Checkpoint | None, history: History, *, drawing: bool) -> None:
+        """Say how it went, with the original to compare with if there is one."""
+        report, partial_ = self.report, self.target.partial
+        first = None
+        if original is not None:
+            first, _ = measure(
+                original,
+                self.text.batches,
+                self.runtime,
+                spill_dir=partial_,
+                title="heal: original",
+            )
+        report.summary |= _recovered(first, history, report.summary["ppl_healed"])
+        report.summary["heldout"] = self.text.record
+        report.rows = [row for row in history.rows if "heldout_loss" in row]
+        (partial_ / CSV).write_text(rows_to_csv(history.rows), encoding="utf-8")
+        report.files["training"] = CSV
+        if drawing:
+            title = f"{self.step.name} of {self.source.path.name}"
+            draw_training(history, partial_ / PICTURE, original=first, title=title)
+            report.files["plot"] = PICTURE
+
+    def _dtype(self) -> torch.dtype:
+        """What the model is trained in."""
+        found = self.runtime.compute_dtype(self.source.dtype)
+        if found != torch.float16:
+            return found
+        if self.runtime.dtype == torch.float16:
+            raise ConfigError(
+                "gradients do not fit float16", hint="pass `--dtype bfloat16` or `--dtype float32`"
+            )
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+    def _parameters(self, model: TrainingModel, moved: Trained) -> list[nn.Parameter]:
+        settings: Any = self.step.settings
+        if not moved.linears:
+            return model.train_tensors(moved.tensors)
+        start = self.source.adapter
+        return model.add_low_rank(
+            moved.linears,
+            settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            start=None if start is None else start.load(moved.linears),
+        )
+
+    def _draws(self, moved: Trained) -> Any:
+        if not moved.drawn:
+            return None
+        settings: Any = self.step.settings
+
+        def choose(step: int) -> list[int]:
+            return draw(
+                moved,
+                active=settings.active,
+                interval=settings.interval,
+                seed=settings.seed,
+                step=step,
+            )
+
+        return choose
+
+    def _options(self, adapter: ModelAdapter, moved: Trained) -> TrainOptions:
+        settings: Any = self.step.settings
+        per_step = settings.sequences * self.text.data.shape[1]
+        steps = settings.steps or DEFAULT_STEPS
+        if settings.tokens is not None:
+            steps = max(1, settings.tokens // per_step)
+        load = Load(
+            sequences=min(self.text.micro, settings.sequences),
+            length=self.text.data.shape[1],
+            rank=getattr(settings, "rank", 0),
+            packed=self.step.method == "qlora",
+        )
+        again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
+        return TrainOptions(
+            steps=steps,
+            sequences=settings.sequences,
+            micro=load.sequences,
+            rate=settings.rate or RATES.get(self.step.method, RATE_OF_WEIGHTS),
+            warmup=ceil(settings.warmup * steps),
+            schedule=settings.schedule,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            evaluate_every=settings.evaluate_every,
+            patience=settings.patience,
+            seed=settings.seed,
+            checkpointing=again,
+            compile=settings.compile == "on",
+        )
+
+    def _sum_up(self, moved: Trained, model: TrainingModel, history: History) -> None:
+        """What training came to, for the report."""
+        report, sequences = self.report, len(self.text.data)
+        steps = len([row for row in history.rows if row["step"]])
+        epochs = steps * self.step.settings.sequences / sequences
+        report.summary |= {
+            "trained_parameters": model.trained_parameters(),
+            "steps": steps,
+            "tokens_seen": history.tokens,
+            "epochs": epochs,
+            "best_step": history.best_step,
+            "ended": history.ended,
+            "tokens_per_second": history.tokens_per_second,
+        }
+        if moved.drawn:
+            report.summary["optimizer_memory"] = "begins anew for blocks that are drawn"
+        if history.ended == "diverged":
+            report.warnings.append(
+                f"the loss was not finite at step {steps}: this is the state after step"
+                f" {history.best_step}"
+            )
+        if epochs > MANY_EPOCHS:
+            report.warnings.append(
+                f"the text was read {epochs:.0f} times: more of it (`--nsamples`) heals better"
+            )
+        if not history.best_step:
+            report.warnings.append("training never lowered the held-out loss: nothing has changed")
+
+
+def _check(source: Checkpoint, step: Step) -> None:
+    settings: Any = step.settings
+    if step.method == "qlora" and not source.packed:
+        raise ConfigError(
+            f"`qlora` trains beside codes, but the weights of `{source.path}` are dense",
+            hint="quantize first, or use `--method lora`",
+        )
+    if getattr(settings, "merge", None) and source.packed:
+        raise ConfigError(
+            f"corrections cannot be merged into the codes of `{source.path}`",
+            hint="leave out `--merge`: they become an adapter",
+        )
+
+
+def _recovered(original: float | None, history: History, healed: float) -> dict[str, float]:
+    """Perplexities of the held-out text, and the share of what was lost that came back."""
+    before = history.heldout(0)["heldout_ppl"]
+    found = {"ppl_unhealed": before, "ppl_healed": healed}
+    if original is None:
+        return found
+    found = {"ppl_original": original, **found}
+    if before > original:
+        found["recovered"] = log(before / healed) / log(before / original)
+    return found
