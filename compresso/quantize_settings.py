@@ -21,7 +21,7 @@ ScaleBits = Annotated[
     Literal[8, 16],
     limit(
         description="Bits of a scale: 8 are parts of one scale per row, stored in compresso's own"
-        " layout. Of `nf4` 32, or 8 in its own form."
+        " layout. Those of `nf4` are float32, or 8 in its own form."
     ),
 ]
 Symmetric = Annotated[
@@ -64,6 +64,10 @@ Match = Annotated[
         description="Move weights first, by this much of what would best make up for the error of"
         " the blocks before; 0: not at all.",
     ),
+]
+MatchShare = Annotated[
+    float,
+    limit(gt=0, le=1, description="Share of the calibration sequences that `match` compares on."),
 ]
 Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
 
@@ -168,7 +172,8 @@ class FeedbackSettings:
     damping: Damping = 0.01
     act_order: ActOrder = True
     refine: Refine = 3
-    match: Match = 0.0
+    match: Match = 0.5
+    match_share: MatchShare = 0.5
 
 
 @settings
@@ -273,8 +278,8 @@ class Nf4Settings(LinearChoice):
         limit(description="Weights sharing one scale."),
     ] = 64
     scale_bits: Annotated[
-        Literal[8, 32], limit(description="Bits of a scale: 8 is double quantization.")
-    ] = 32
+        Literal[8] | None, limit(description="Bits of a scale: 8 is double quantization.")
+    ] = None
 
 
 @settings

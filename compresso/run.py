@@ -17,7 +17,6 @@ from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
 from compresso.calibration.replay import replay
-from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.packings import BITSANDBYTES, method_of
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
@@ -117,7 +116,8 @@ def run_new(
     Of several processes the first runs it, with the help of the others if they can share the work.
     """
     check_room(step, source, target)
-    log(f"{step.name}: `{source.path}` -> `{target}`")
+    beside = " with its adapter" if source.adapter else ""
+    log(f"{step.name}: `{source.path}`{beside} -> `{target}`")
     work = _Work(step, source, data, runtime, key_of(step, source, data, runtime))
     stage, processes = registry.stage(step.stage), join(runtime.device)
     processes.wait()  # until all have seen that there is nothing yet
@@ -190,14 +190,12 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
         files = side_files(work.source, report.config)
         writer.finalize(config=report.config, side_files=files, expected=report.expected)
-        found: dict[str, Any] = {}
-        if report.adapter:
-            written = Checkpoint(writer.partial)
-            found[ADAPTER] = put_adapter(written, report.adapter, writer.target, work.runtime)
+        written = Checkpoint(writer.partial)
+        adapter = put_adapter(written, report, writer.target, work.runtime)
         proof = _prove(work, writer.partial, report)
-        found |= {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | found)
+        writer.write_record(work.record(report) | adapter | proved)
         writer.publish()
     except GateError as error:
         raise GateError(

@@ -216,8 +216,10 @@ def quiet_libraries() -> None:
 
     Takes effect on libraries that are imported later. Download bars stay on a terminal. Threads
     that wait let other programs have the core: spinning ones make a busy machine many times slower.
+    Large tensors are asked for in huge pages, as a large tensor is fresh memory each time.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():

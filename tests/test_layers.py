@@ -47,6 +47,7 @@ KERNEL_LIBRARIES = {
     "collections",
     "itertools",
     "functools",
+    "concurrent",  # tiles on threads
     "json",  # grids that were computed once are data
     "pathlib",
 }

@@ -25,12 +25,10 @@ from compresso.kernels.matching import moved
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
-from compresso.runtime import warn
+from compresso.stages.damping import with_damping_raised
 from compresso.stages.quantize_layouts import Codes, Described, Layout
 from compresso.stages.quantize_plan import Plan, options_of
 
-RETRIES = 3
-STEPS_OF_DAMPING = 10
 MATCH_DAMPING = 0.1  # of `moved`
 # How AutoRound moves from what another method rounded.
 RULE: dict[str, Rule] = {"rtn": "sign", "gptq": "gradient"}
@@ -85,15 +83,15 @@ class Work:
         self._takes_bits = "bits" in self._options
 
     @property
-    def follows(self) -> bool:
-        """Whether the original model is to be run beside the quantized one."""
-        return self.tuned or self.match > 0
+    def followed(self) -> float:
+        """The share of the sequences that the original model is to be run on, from the first."""
+        return self.settings.match_share if self.match else float(self.tuned)
 
     def quantize_block(self, block: LiveBlock, states: States, originals: Originals | None) -> Done:
         """Quantize the linears of a block, which then runs with the decoded ones.
 
         states:    what enters the block.
-        originals: the original model, which has run the block, if `follows`.
+        originals: the original model, which has run the block, if `followed`.
         """
         index, prefix = block.index, self.adapter.block_prefix(block.index)
         module = self.adapter.module_prefix(index)
@@ -222,18 +220,13 @@ class Work:
         options = {**self._options, "scale_dtype": self.source.dtype}
         if self._takes_bits:
             options["bits"] = bits
-        damping = options.get("damping", 0.0)
-        for attempt in range(RETRIES + 1):
-            if damping:
-                options["damping"] = damping
-            try:
-                return self._quantizer(weight, gram, **options), damping
-            except NumericalError as error:
-                if attempt == RETRIES:
-                    raise NumericalError(f"`{names[0]}`: {error}", hint=error.hint) from error
-                damping *= STEPS_OF_DAMPING
-                warn(f"`{names[0]}`: {error}; trying {damping:g}")
-        raise AssertionError("the last attempt returns or raises")
+
+        def quantize(damping: float) -> Codes:
+            return self._quantizer(
+                weight, gram, **options | ({"damping": damping} if damping else {})
+            )
+
+        return with_damping_raised(quantize, options.get("damping", 0.0), where=f"`{names[0]}`")
 
     def _tune(
         self, block: LiveBlock, states: States, originals: States, linears: list[_Linear]
