@@ -37,6 +37,7 @@ from compresso.heal_settings import (
 )
 from compresso.quantize_settings import (
     AutoRoundSettings,
+    DecompositionSettings,
     GptqHiggsSettings,
     GptqSettings,
     HiggsSettings,
@@ -244,6 +245,12 @@ STAGES = {
                 "Badri and Shaji, 2023",
                 calibrated=False,
                 packed_as="coded",
+            ),
+            "lq-lora": Method(
+                DecompositionSettings,
+                "compresso.kernels.decomposition:quantize",
+                "arXiv:2311.12023",
+                calibrated=True,
             ),
             "nf4": Method(
                 Nf4Settings,
