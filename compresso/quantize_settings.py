@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
+from compresso.compensate_settings import DEFAULT_RANK, ByFisher, Rank, Turns
 from compresso.config import checked, limit, settings
 
 DEFAULT_BITS = 4
@@ -107,8 +108,8 @@ class UniformSettings(GroupedSettings):
 
 
 @settings
-class Target:
-    """A size that the choice of bits for every input group is to hit."""
+class Amount:
+    """How large the output is to be, if its bits are chosen for that."""
 
     target_bits: Annotated[
         float | None,
@@ -117,6 +118,25 @@ class Target:
     size: Annotated[
         str | None, limit(description="Bytes that all of the output stores, such as `40MB`.")
     ] = None
+
+    @checked
+    def _check_amount(self) -> Self:
+        if self.target_bits is not None and self.size is not None:
+            raise ValueError("give only one of `target_bits`, `size`")
+        if self.hits_target and getattr(self, "bits", None) is not None:
+            raise ValueError("give only one of `bits`, `target_bits`, `size`")
+        return self
+
+    @property
+    def hits_target(self) -> bool:
+        """Whether bits are chosen, not given."""
+        return self.target_bits is not None or self.size is not None
+
+
+@settings
+class Target(Amount):
+    """A size that the choice of bits for every input group is to hit."""
+
     allocation: Annotated[
         Literal["search", "dp", "lim", "zd", "uniform"],
         limit(
@@ -146,18 +166,9 @@ class Target:
 
     @checked
     def _check_target(self) -> Self:
-        if self.target_bits is not None and self.size is not None:
-            raise ValueError("give only one of `target_bits`, `size`")
-        if self.hits_target and getattr(self, "bits", None) is not None:
-            raise ValueError("give only one of `bits`, `target_bits`, `size`")
         if self.survivors > self.offspring:
             raise ValueError("`survivors` cannot be more than `offspring`")
         return self
-
-    @property
-    def hits_target(self) -> bool:
-        """Whether bits are chosen, not given."""
-        return self.target_bits is not None or self.size is not None
 
 
 @settings
@@ -267,6 +278,15 @@ class AutoRoundSettings(UniformSettings):
     ] = "gptq"
     steps: Annotated[int, limit(ge=1, description="Steps of training for every block.")] = 200
     sequences: Annotated[int, limit(ge=1, description="Sequences per step.")] = 8
+
+
+@settings
+class DecompositionSettings(UniformSettings, Amount):
+    """Rounded codes and a correction of low rank beside them, found in turns."""
+
+    rank: Rank = DEFAULT_RANK
+    turns: Turns = 20
+    fisher: ByFisher = True
 
 
 @settings

@@ -97,7 +97,7 @@ class _Run:
     ) -> None:
         self.plan = plan
         self.pair = plan.pair
-        self.work = Work(plan.pair, weighted=settings.weighted, match=settings.match)
+        self.work = Work(plan.pair, weighted=settings.weighted, match=settings.matched)
         self.batches = calibration.batches if settings.weighted else []
         self.target = target
         self.runtime = runtime

@@ -50,12 +50,12 @@ def make_plan(
     blocks = [
         block
         for block in range(pair.adapter.count)
-        if settings.match or source.packed or pair.differs(block)
+        if settings.matched or source.packed or pair.differs(block)
     ]
     if not blocks:
         raise ConfigError(
             f"every linear of `{source.path}` has the weight that it has in the original",
-            hint="pass `--match 1` to make up for what lies between them",
+            hint="leave out `--match 0` to make up for what lies between them",
         )
     shapes = {pair.name(b, path): pair.shape(b, path) for b in blocks for path in pair.paths(b)}
     budget = added_bytes(settings.size, source) if settings.size is not None else 0

@@ -19,7 +19,7 @@ from compresso.models.substitution import put_parameter
 from compresso.stages.compensate_forms import Form
 from compresso.stages.pair import Pair
 
-MATCH_DAMPING = 0.1  # of `moved`
+MATCH_DAMPING = 0.01  # of `moved`
 
 
 @dataclass(frozen=True)
