@@ -117,7 +117,9 @@ class RilqSettings(MergeableSettings):
     rank: Rank = DEFAULT_RANK
     start: Annotated[
         Literal["gaussian", "eora"],
-        limit(description="What corrections begin as: nothing, or what `eora` finds."),
+        limit(
+            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`."
+        ),
     ] = "gaussian"
     pooled: Annotated[
         bool,
