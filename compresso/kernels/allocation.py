@@ -80,9 +80,11 @@ def spread(gains: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[i
     The steps that gain most for what they take come first, which is the best there is but for what
     the last one leaves of the budget. Steps that gain nothing are not taken.
     """
+    if not costs:
+        return []
     worth = torch.cat([gain.double() / cost for gain, cost in zip(gains, costs, strict=True)])
     groups = [group for group, gain in enumerate(gains) for _ in gain]
-    taken, left, least = [0] * len(costs), budget, min(costs, default=1)
+    taken, left, least = [0] * len(costs), budget, min(costs)
     for step in worth.argsort(descending=True, stable=True).tolist():
         if left < least or not worth[step] > 0:
             break

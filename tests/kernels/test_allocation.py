@@ -6,8 +6,16 @@ from itertools import pairwise, product
 from random import Random
 
 import pytest
+import torch
 
-from compresso.kernels.allocation import in_order, least_damage, switched, total, uniform
+from compresso.kernels.allocation import (
+    in_order,
+    least_damage,
+    spread,
+    switched,
+    total,
+    uniform,
+)
 
 
 def tables(seed, groups=6, levels=3):
@@ -138,3 +146,35 @@ def test_switches_among_equal_sizes_change_few_groups():
 def test_with_nothing_to_switch():
     assert switched([2, 2], [[1, 2, 3]] * 2, 6, Random(0)) == [2, 2]
     assert switched([0, 0], [[1, 2, 3]] * 2, 2, Random(0)) == [0, 0]
+
+
+def falling(seed, groups=4, steps=4):
+    generator = torch.Generator().manual_seed(seed)
+    gains = torch.rand(groups, steps, generator=generator).sort(dim=1, descending=True).values
+    return list(gains), torch.randint(1, 9, (groups,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spreading_is_the_best_but_for_what_the_last_step_leaves(seed):
+    gains, costs = falling(seed)
+    for budget in range(0, 4 * sum(costs) + 1, 7):
+        taken = spread(gains, costs, budget)
+        used = sum(count * cost for count, cost in zip(taken, costs, strict=True))
+        assert used <= budget
+        gained = sum(float(gain[:n].sum()) for gain, n in zip(gains, taken, strict=True))
+        best = max(
+            sum(float(gain[:n].sum()) for gain, n in zip(gains, counts, strict=True))
+            for counts in product(range(5), repeat=4)
+            if sum(n * cost for n, cost in zip(counts, costs, strict=True)) <= budget
+        )
+        largest = max(float(gain[0]) for gain in gains)
+        assert best - largest <= gained <= best + 1e-6
+        left = [c for n, c in zip(taken, costs, strict=True) if n < 4]
+        assert used + min(left, default=budget + 1) > budget
+
+
+def test_steps_that_gain_nothing_are_not_taken():
+    gains = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0]), torch.tensor([])]
+    assert spread(gains, [2, 1, 1], 100) == [1, 0, 0]
+    assert spread(gains, [2, 1, 1], 1) == [0, 0, 0]
+    assert spread([], [], 5) == []

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from compresso.errors import NumericalError
-from compresso.kernels.lowrank import LowRank, correction_parameters, rank_within, truncate
+from compresso.kernels.lowrank import (
+    LowRank,
+    balanced,
+    correction_parameters,
+    energies,
+    rank_within,
+    truncate,
+)
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -118,3 +127,43 @@ def test_rank_within_a_budget():
     assert rank_within(shapes, parameters=26) == 1
     assert rank_within(shapes, parameters=26 * 7 + 25) == 7
     assert rank_within(shapes, parameters=-30) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+def test_without_full_rank_of_the_gram_it_is_the_truncated_inverse(rank, scale):
+    """What EoRA takes: eigenvalues below the rounding of the largest count as zero."""
+    matrix = random_matrix(24, 32)
+    gram = scale * random_gram(32, tokens=8)
+    values, vectors = torch.linalg.eigh(gram.double())
+    live = values > values.max() * 32 * torch.finfo(torch.float32).eps
+    assert int(live.sum()) == 8
+    root = vectors[:, live] * values[live].sqrt()
+    left, singular, right = torch.linalg.svd(matrix.double() @ root, full_matrices=False)
+    inverse = vectors[:, live] / values[live].sqrt()
+    expected = (left[:, :rank] * singular[:rank]) @ right[:rank] @ inverse.T
+    found = truncate(matrix, rank, gram)
+    least = output_error(matrix, LowRank(expected.float(), torch.eye(32)), gram)
+    assert output_error(matrix, found, gram) == pytest.approx(least, rel=1e-3)
+    assert least == pytest.approx(singular[rank:].square().sum().item(), rel=1e-3)
+    # The inverse leaves what no token has reached; this takes off of that, too, what it can.
+    assert (matrix - found.product()).norm() < (matrix - expected.float()).norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_energies_are_what_every_rank_takes_off(weighted):
+    matrix, gram = random_matrix(12, 20), random_gram(20) if weighted else None
+    metric = torch.eye(20) if gram is None else gram
+    found = energies(matrix, gram)
+    errors = [output_error(matrix, truncate(matrix, rank, gram), metric) for rank in range(13)]
+    taken = torch.tensor([one - other for one, other in pairwise(errors)])
+    torch.testing.assert_close(found, taken.float(), rtol=1e-3, atol=1e-3 * errors[0])
+    assert found.sum().item() == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_balancing_keeps_the_product():
+    up, down = 1e3 * random_matrix(12, 4), 1e-3 * random_matrix(4, 20)
+    up[:, 2], down[3] = 0, 0
+    found = balanced(up, down)
+    torch.testing.assert_close(found.product(), up @ down)
+    torch.testing.assert_close(found.up.norm(dim=0), found.down.norm(dim=1))
