@@ -8,9 +8,13 @@ from typing import Annotated, Literal, Self
 from compresso.config import checked, limit, settings
 
 DEFAULT_RANK = 16
+DEFAULT_MATCH = 0.5
 ADDED = r"\+\s*\d+(\.\d+)?\s*(%|[KMGTkmgt]?[Ii]?[Bb]?)"
 
 Rank = Annotated[int, limit(ge=1, description="Rank of every correction.")]
+ByFisher = Annotated[
+    bool, limit(description="Weigh rows and columns by the loss's squared gradients.")
+]
 Turns = Annotated[
     int, limit(ge=1, description="Most turns of factors and codes; the best one is kept.")
 ]
@@ -58,14 +62,14 @@ class EoraSettings(MergeableSettings):
         ),
     ] = None
     match: Annotated[
-        float,
+        float | None,
         limit(
             ge=0,
             le=1,
             description="Correct, by this much, what blocks before lost, too; 0: only what every"
-            " linear loses itself.",
+            f" linear loses itself. {DEFAULT_MATCH} for weighted corrections, if not given.",
         ),
-    ] = 0.0
+    ] = None
     weighted: Annotated[
         bool,
         limit(description="Fit corrections to the outputs on calibration text, not to weights."),
@@ -81,6 +85,13 @@ class EoraSettings(MergeableSettings):
             raise ValueError("`match` needs `weighted`")
         return self
 
+    @property
+    def matched(self) -> float:
+        """How much of what blocks before lost is corrected."""
+        if self.match is None:
+            return DEFAULT_MATCH if self.weighted else 0.0
+        return self.match
+
 
 @settings
 class LqLoraSettings(CompensateSettings):
@@ -88,9 +99,7 @@ class LqLoraSettings(CompensateSettings):
 
     rank: Rank = DEFAULT_RANK
     turns: Turns = 20
-    fisher: Annotated[
-        bool, limit(description="Weigh rows and columns by the loss's squared gradients.")
-    ] = True
+    fisher: ByFisher = True
 
 
 @settings
@@ -108,7 +117,9 @@ class RilqSettings(MergeableSettings):
     rank: Rank = DEFAULT_RANK
     start: Annotated[
         Literal["gaussian", "eora"],
-        limit(description="What corrections begin as: nothing, or what `eora` finds."),
+        limit(
+            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`."
+        ),
     ] = "gaussian"
     pooled: Annotated[
         bool,

@@ -19,6 +19,7 @@ from compresso.fold_settings import FoldGptSettings, RecursiveSettings
 from compresso.method import Method, Stage
 from compresso.quantize_settings import (
     AutoRoundSettings,
+    DecompositionSettings,
     GptqHiggsSettings,
     GptqSettings,
     HiggsSettings,
@@ -188,6 +189,12 @@ STAGES = {
                 "Badri and Shaji, 2023",
                 calibrated=False,
                 packed_as="coded",
+            ),
+            "lq-lora": Method(
+                DecompositionSettings,
+                "compresso.kernels.decomposition:quantize",
+                "arXiv:2311.12023",
+                calibrated=True,
             ),
             "nf4": Method(
                 Nf4Settings,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
+from compresso.compensate_settings import DEFAULT_RANK, ByFisher, Rank, Turns
 from compresso.config import checked, limit, settings
+from compresso.target_settings import Amount, Target
 
 DEFAULT_BITS = 4
 POINT_BITS = 8  # of the largest vector grid's codes
@@ -104,60 +106,6 @@ class UniformSettings(GroupedSettings):
 
     symmetric: Symmetric = True
     grid: Search = "mse"
-
-
-@settings
-class Target:
-    """A size that the choice of bits for every input group is to hit."""
-
-    target_bits: Annotated[
-        float | None,
-        limit(gt=0, description="Stored bits per quantized weight, scales and all, on average."),
-    ] = None
-    size: Annotated[
-        str | None, limit(description="Bytes that all of the output stores, such as `40MB`.")
-    ] = None
-    allocation: Annotated[
-        Literal["search", "dp", "lim", "zd", "uniform"],
-        limit(
-            description="How a target is hit: by the least sum of what groups lose alone (`dp`), by"
-            " a search on measured KL from there, by an order of blocks (`lim`: what they change,"
-            " `zd`: large weights), or all alike."
-        ),
-    ] = "dp"
-    predict: Annotated[
-        Literal["damage", "noise"],
-        limit(description="What a group is taken to lose: measured, or from its answer to noise."),
-    ] = "damage"
-    sensitivity_tokens: Annotated[
-        int, limit(ge=1, description="Tokens that every group is measured on.")
-    ] = 4096
-    score_tokens: Annotated[
-        int, limit(ge=1, description="Tokens that choices for a target are measured on.")
-    ] = 8192
-    generations: Annotated[int, limit(ge=0, description="Generations of a target's search.")] = 20
-    offspring: Annotated[int, limit(ge=1, description="Changed copies tried per generation.")] = 16
-    survivors: Annotated[
-        int, limit(ge=1, description="Of these, how many reach the second selection.")
-    ] = 4
-    first_tokens: Annotated[
-        int, limit(ge=1, description="Tokens of the first selection of a target's search.")
-    ] = 2048
-
-    @checked
-    def _check_target(self) -> Self:
-        if self.target_bits is not None and self.size is not None:
-            raise ValueError("give only one of `target_bits`, `size`")
-        if self.hits_target and getattr(self, "bits", None) is not None:
-            raise ValueError("give only one of `bits`, `target_bits`, `size`")
-        if self.survivors > self.offspring:
-            raise ValueError("`survivors` cannot be more than `offspring`")
-        return self
-
-    @property
-    def hits_target(self) -> bool:
-        """Whether bits are chosen, not given."""
-        return self.target_bits is not None or self.size is not None
 
 
 @settings
@@ -267,6 +215,15 @@ class AutoRoundSettings(UniformSettings):
     ] = "gptq"
     steps: Annotated[int, limit(ge=1, description="Steps of training for every block.")] = 200
     sequences: Annotated[int, limit(ge=1, description="Sequences per step.")] = 8
+
+
+@settings
+class DecompositionSettings(UniformSettings, Amount):
+    """Rounded codes and a correction of low rank beside them, found in turns."""
+
+    rank: Rank = DEFAULT_RANK
+    turns: Turns = 20
+    fisher: ByFisher = True
 
 
 @settings

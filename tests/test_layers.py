@@ -65,6 +65,7 @@ LIGHT = (
     "depth_settings",
     "fold_settings",
     "quantize_settings",
+    "target_settings",
     "compensate_settings",
     "heal_settings",
     "registry",

@@ -104,16 +104,6 @@ def decoded(
     return dense
 
 
-def about(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A config.json that of coded linears names only those among some tensors. Not modified."""
-    if (plan := coding_of(config)) is None:
-        return config
-    stored = {name.removesuffix(ENDING) for name in names if name.endswith(ENDING)}
-    held = {module_of(path, plan[CODED]) for path in stored}
-    kept = {module: kind for module, kind in plan[CODED].items() if module in held}
-    return {**config, KEY: {**config[KEY], CODED: kept}}
-
-
 def merged_codes(
     packing: Packing, path: str, parts: dict[str, Tensor], factor: LowRank | None
 ) -> Packed | AffineCodes:
@@ -144,6 +134,16 @@ def merged_codes(
         return merge_pooled(codes, factor.up, factor.down, zero_dtype=torch.float16)
     except NumericalError:  # zeros are far away where all weights of a group are nearly alike
         return merge_pooled(codes, factor.up, factor.down)
+
+
+def about(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A config.json that of coded linears names only those among some tensors. Not modified."""
+    if (plan := coding_of(config)) is None:
+        return config
+    stored = {name.removesuffix(ENDING) for name in names if name.endswith(ENDING)}
+    held = {module_of(path, plan[CODED]) for path in stored}
+    kept = {module: kind for module, kind in plan[CODED].items() if module in held}
+    return {**config, KEY: {**config[KEY], CODED: kept}}
 
 
 def method_of(config: dict[str, Any]) -> str | None:

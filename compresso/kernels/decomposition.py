@@ -38,6 +38,16 @@ class Fisher:
     rows: Tensor
     columns: Tensor
 
+    def loss(self, change: Tensor) -> float:
+        """The sum of F times the squares of a change, (rows, columns) float32.
+
+        F_ij is rows_i^2 columns_j^2 over their common mean: the matrix of such a form that has
+        these means. Of different matrices, such sums can be added and compared.
+        """
+        weighted = change * self.rows[:, None] * self.columns
+        mean = self.rows.square().mean().item()
+        return weighted.square().sum().item() / mean if mean else 0.0
+
     def scaled(self) -> Fisher:
         """The same with root mean squares of 1, and none so small that nothing divides by it."""
         return Fisher(_scaled(self.rows), _scaled(self.columns))
@@ -120,13 +130,15 @@ def quantize(
     symmetric: bool,
     grid: Literal["mse", "minmax"],
     scale_dtype: torch.dtype,
+    scale_bits: int = 16,
     rank: int,
     turns: int,
-    fisher: Fisher | None = None,
+    importance: Fisher | None = None,
 ) -> Decomposed[Packed]:
     """Codes of a uniform grid, and factors beside them: the `lq-lora` method.
 
-    Arguments as in `grid.quantize` and `decompose`. gram: has no part in this method.
+    Arguments as in `grid.quantize` and `decompose`, of which `importance` is the Fisher matrix.
+    gram: has no part in this method.
     """
 
     def to_grid(matrix: Tensor) -> Packed:
@@ -137,6 +149,7 @@ def quantize(
             symmetric=symmetric,
             grid=grid,
             scale_dtype=scale_dtype,
+            scale_bits=scale_bits,
         )
 
     return decompose(
@@ -146,7 +159,7 @@ def quantize(
         turns=turns,
         first="factors",
         dtype=scale_dtype,
-        fisher=fisher,
+        fisher=importance,
     )
 
 

@@ -19,7 +19,6 @@ from compresso.checkpoint.writer import CheckpointWriter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
-from compresso.stages.compensate_forms import Within
 from compresso.stages.compensate_plan import Plan, make_plan
 from compresso.stages.compensate_result import commit_outside, finished
 from compresso.stages.compensate_work import Work
@@ -97,7 +96,7 @@ class _Run:
     ) -> None:
         self.plan = plan
         self.pair = plan.pair
-        self.work = Work(plan.pair, weighted=settings.weighted, match=settings.match)
+        self.work = Work(plan.pair, weighted=settings.weighted, match=settings.matched)
         self.batches = calibration.batches if settings.weighted else []
         self.target = target
         self.runtime = runtime
@@ -131,12 +130,8 @@ class _Run:
 
     def ranks(self) -> dict[str, int]:
         """Of every linear that may be corrected. A restarted run has those of the first."""
-        if self.plan.rank is not None:
-            full = isinstance(self.plan.form, Within)  # which has one rank for all
-            return {
-                name: self.plan.rank if full else min(self.plan.rank, *shape)
-                for name, shape in self.plan.shapes.items()
-            }
+        if self.plan.ranks is not None:
+            return self.plan.ranks
         state = self.target.recall()
         if state is None:
             states, following = self.enter()
@@ -147,19 +142,19 @@ class _Run:
 
     def write(self, states: States, following: Following | None, ranks: Mapping[str, int]) -> None:
         """Commit the blocks that are not committed yet, and last what is in none."""
-        pair, target, form = self.pair, self.target, self.plan.form
+        pair, target, forms = self.pair, self.target, self.plan.forms
 
         def restore(index: int) -> dict[str, Tensor] | None:
             if (part := target.restore(index)) is None:
                 return None
-            return form.restored(part[0], target.restore_beside(index) or {})
+            return forms[index].restored(part[0], target.restore_beside(index) or {})
 
         blocks = walk_blocks(pair.adapter, pair.source, states, restore=restore)
         for block in track(blocks, pair.adapter.count, "compensate eora"):
             if following is not None:
                 following.follow(block.index, keep=not block.restored)
             if not block.restored:
-                done = self.work.correct(block, following, form, ranks)
+                done = self.work.correct(block, following, forms[block.index], ranks)
                 report = {"rows": done.rows}
                 target.commit(block.index, done.tensors, report, beside=done.beside)
                 del done

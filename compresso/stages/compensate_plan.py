@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from compresso.calibration.opening import open_adapter
@@ -15,6 +16,8 @@ from compresso.runtime import Runtime, format_bytes, parse_bytes
 from compresso.stages.compensate_forms import Beside, Form, Merged, Within
 from compresso.stages.pair import Pair
 
+Shapes = dict[str, tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,15 +25,15 @@ class Plan:
 
     pair:   the compressed model, with room for corrections if these are in the blocks, and its
             original.
+    forms:  of every block's corrections.
     shapes: of all linears that may be corrected, by name in the checkpoint: (rows, columns).
-    rank:   of all corrections, none above the rank of its linear; None if each has one of its
-            own, within `budget` bytes.
+    ranks:  of their corrections; None if they are to be chosen, within `budget` bytes.
     """
 
     pair: Pair
-    form: Form
-    shapes: dict[str, tuple[int, int]]
-    rank: int | None
+    forms: list[Form]
+    shapes: Shapes
+    ranks: dict[str, int] | None
     budget: int
 
 
@@ -47,30 +50,63 @@ def make_plan(
     within = bool(structure.shared or structure.rank)
     _check_form(source, settings, within=within)
     pair = Pair.open(source, original, runtime)
-    blocks = [
-        block
-        for block in range(pair.adapter.count)
-        if settings.match or source.packed or pair.differs(block)
-    ]
+    blocks = list(range(pair.adapter.count))
+    if not settings.matched and not source.packed:
+        blocks = [block for block in blocks if pair.differs(block)]
     if not blocks:
         raise ConfigError(
             f"every linear of `{source.path}` has the weight that it has in the original",
-            hint="pass `--match 1` to make up for what lies between them",
+            hint="leave out `--match 0` to make up for what lies between them",
         )
-    shapes = {pair.name(b, path): pair.shape(b, path) for b in blocks for path in pair.paths(b)}
     budget = added_bytes(settings.size, source) if settings.size is not None else 0
-    rank = None if settings.size is not None else settings.rank or DEFAULT_RANK
-    if not within:
-        form: Form = Merged(pair.adapter, source.dtype)
-        if source.packed or settings.merge is False:
-            form = Beside(pair.adapter, source)
-        return Plan(pair, form, shapes, rank, budget)
-    if rank is None:
-        rank = _common_rank(source, shapes, budget, settings)
-    prefix = pair.adapter.blocks_prefix
-    view = CorrectedCheckpoint(source, prefix=prefix, rank=rank, corrected=blocks)
+    if within:
+        return _plan_within(pair, settings, runtime, blocks, budget)
+    form: Form = Merged(pair.adapter, source.dtype)
+    if source.packed or settings.merge is False:
+        form = Beside(pair.adapter, source)
+    shapes = _shapes(pair, blocks)
+    ranks = None
+    if settings.size is None:
+        rank = settings.rank or DEFAULT_RANK
+        ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
+    return Plan(pair, [form] * pair.adapter.count, shapes, ranks, budget)
+
+
+def _plan_within(
+    pair: Pair, settings: EoraSettings, runtime: Runtime, blocks: list[int], budget: int
+) -> Plan:
+    """For a model whose blocks share weights, or have corrections already, which are replaced.
+
+    Where the weights are dense, a block that shares none has its correction merged.
+    """
+    source, structure = pair.source, pair.adapter.structure
+    users = Counter(map(structure.owner, range(pair.adapter.count)))
+    corrected = [
+        block
+        for block in blocks
+        if source.packed or users[structure.owner(block)] > 1 or block in structure.corrected
+    ]
+    shapes, stored = _shapes(pair, blocks), _shapes(pair, corrected)
+    rank = settings.rank or DEFAULT_RANK
+    if settings.size is not None:
+        rank = _common_rank(source, stored, budget, settings)
+    prefix, held = pair.adapter.blocks_prefix, rank if corrected else 0
+    view = CorrectedCheckpoint(source, prefix=prefix, rank=held, corrected=corrected)
     pair = replace(pair, source=view, adapter=open_adapter(view, runtime))
-    return Plan(pair, Within(pair.adapter, view), shapes, rank, budget)
+    inside, merged = Within(pair.adapter, view), Merged(pair.adapter, view.dtype)
+    forms: list[Form] = [
+        inside if block in corrected else merged for block in range(pair.adapter.count)
+    ]
+    ranks = {name: rank if name in stored else min(rank, *shape) for name, shape in shapes.items()}
+    return Plan(pair, forms, shapes, ranks, budget)
+
+
+def _shapes(pair: Pair, blocks: list[int]) -> Shapes:
+    return {
+        pair.name(block, path): pair.shape(block, path)
+        for block in blocks
+        for path in pair.paths(block)
+    }
 
 
 def check_no_adapter(source: Checkpoint) -> None:
@@ -110,7 +146,7 @@ def _check_form(source: Checkpoint, settings: EoraSettings, *, within: bool) -> 
 
 def _common_rank(
     source: Checkpoint,
-    shapes: dict[str, tuple[int, int]],
+    shapes: Shapes,
     budget: int,
     settings: EoraSettings,
 ) -> int:

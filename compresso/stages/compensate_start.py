@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compresso.calibration.following import Following
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
@@ -37,24 +38,28 @@ def eora_start(
     *,
     store: KeptState,
 ) -> Factors:
-    """The best correction of every linear's output, found block by block.
+    """What makes up best for all that was lost up to every linear, found block by block.
 
-    batches: token ids, (B, T) int64 each. store: has them, if an earlier run found them.
+    batches: token ids, (B, T) int64 each. store: has it, if an earlier run found it.
 
-    Linears that lack nothing have none. The source is as `check_start` wants it.
+    Linears that lack nothing have no correction. The source is as `check_start` wants it.
     """
     if (kept := store.kept(START)) is not None:
         return factors_of(kept[0])
     pair = Pair.open(source, original, runtime)
-    work, form = Work(pair, weighted=True, match=0.0), Beside(pair.adapter, source)
-    states = enter_blocks(
-        pair.adapter,
-        source,
-        batches,
-        probe=None,
-        budget=runtime.max_memory,
-        spill_dir=store.directory,
+    work, form = Work(pair, weighted=True, match=1.0), Beside(pair.adapter, source)
+    states, theirs = (
+        enter_blocks(
+            adapter,
+            checkpoint,
+            batches,
+            probe=None,
+            budget=runtime.max_memory // 2,
+            spill_dir=store.directory,
+        )
+        for adapter, checkpoint in ((pair.adapter, source), (pair.theirs, original))
     )
+    following = Following(pair.theirs, original, theirs, pair.blocks, pair.adapter.structure)
     beside: dict[str, Tensor] = {}
     blocks = walk_blocks(pair.adapter, source, states)
     for block in track(blocks, pair.adapter.count, "start: eora"):
@@ -62,6 +67,7 @@ def eora_start(
             pair.name(block.index, path): min(rank, *pair.shape(block.index, path))
             for path in pair.paths(block.index)
         }
-        beside |= work.correct(block, None, form, ranks).beside
+        following.follow(block.index, keep=True)
+        beside |= work.correct(block, following, form, ranks).beside
     store.keep(START, beside, {})
     return factors_of(beside)

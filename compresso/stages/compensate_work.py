@@ -19,7 +19,7 @@ from compresso.models.substitution import put_parameter
 from compresso.stages.compensate_forms import Form
 from compresso.stages.pair import Pair
 
-MATCH_DAMPING = 0.1  # of `moved`
+MATCH_DAMPING = 0.01  # of `moved`
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Work:
         done = Done(self.pair.source.load(self.pair.stored(block.index)), {}, [])
         self._correct_biases(block, done.tensors)
         for sought in self.seek(block, following):
-            if not (rank := ranks[sought.name]):
+            if not (rank := ranks.get(sought.name, 0)):
                 continue
             try:
                 found = truncate(sought.change, rank, sought.gram)

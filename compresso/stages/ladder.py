@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -56,6 +57,8 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
         uniform = {"group_size": settings.group_size, "symmetric": settings.symmetric}
         eight = settings.scale_bits == 8
         nbytes = partial(eight_bit_bytes if eight else packed_bytes, dtype=dtype, **uniform)
+        if hasattr(settings, "rank"):
+            nbytes = partial(corrected_bytes, codes=nbytes, rank=settings.rank, dtype=dtype)
     return Ladder(
         bits=widths,
         quantize=quantize,
@@ -78,6 +81,21 @@ def group_bytes(
             [sum(ladder.nbytes((s[0], s[1]), bits) for s in shapes) for bits in ladder.bits]
         )
     return sizes
+
+
+def corrected_bytes(
+    shape: tuple[int, int],
+    bits: int,
+    *,
+    codes: Callable[[tuple[int, int], int], int],
+    rank: int,
+    dtype: torch.dtype,
+) -> int:
+    """What is stored for a linear of that shape, (rows, columns), with its correction, in bytes.
+
+    codes: without it.
+    """
+    return codes(shape, bits) + min(rank, *shape) * sum(shape) * dtype.itemsize
 
 
 def packed_bytes(

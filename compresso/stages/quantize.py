@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.data import Calibration
+from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.originals import Originals
 from compresso.calibration.probe import probe_tokens
@@ -27,6 +28,8 @@ from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.bit_choice import BitChoice, choose_bits
 from compresso.stages.bit_job import BitJob
+from compresso.stages.compensate_forms import factors_of
+from compresso.stages.error_choice import choose_by_error
 from compresso.stages.ladder import make_ladder
 from compresso.stages.quantize_layouts import make_layout
 from compresso.stages.quantize_plan import Plan, make_plan
@@ -61,23 +64,26 @@ def quantize(
     adapter = open_adapter(source, runtime)
     packed_as = registry.packed_as(step.method, settings)
     plan = make_plan(adapter, settings, packed_as=packed_as)
+    fisher = None
+    if getattr(settings, "fisher", False) and calibration is not None:
+        fisher = measure_fisher(
+            adapter, source, calibration.batches, runtime=runtime, spill_dir=target.partial
+        )
     choice = None
     if getattr(settings, "hits_target", False):
         ladder = make_ladder(step.method, settings, source.dtype)
         job = BitJob(settings, adapter, source, calibration, plan.groups, ladder, target, runtime)
-        choice = choose_bits(replace(job, elsewhere=_elsewhere(job, plan)))
+        job = replace(job, elsewhere=_elsewhere(job, plan))
+        by_error = not hasattr(settings, "allocation")
+        choice = choose_by_error(job, fisher or {}) if by_error else choose_bits(job)
         plan = replace(plan, bits=choice.bits)
     layout = make_layout(adapter, source, step, plan)
-    work = Work(adapter, source, step, plan, layout)
+    work = Work(adapter, source, step, plan, layout, fisher)
     probe = probe_tokens(adapter.config.get_text_config().vocab_size)
-    batches = calibration.batches if calibration else []
+    batches = [] if calibration is None or work.decomposes else calibration.batches
     states, original = _enter(work, batches, probe, target, runtime)
     _quantize_blocks(work, step, target, states, original)
-    parts = [_committed(target, part) for part in range(adapter.count + 1)]
-    report = Report(rows=[row for part in parts for row in part["rows"]])
-    report.config = layout.config(source.config, [one for p in parts for one in p["described"]])
-    report.expected = _expected(adapter, source, plan, layout.names)
-    report.carried = adapter.unmapped_tensors()
+    report = _report(work, target)
     assert states.probe is not None
     report.fingerprint = Fingerprint(probe, adapter.logits(source, states.probe).cpu())
     report.summary = _summary(source, report.rows, plan, choice)
@@ -104,6 +110,20 @@ def _enter(
     return states, Originals(work.adapter, enter(followed, None)) if followed else None
 
 
+def _report(work: Work, target: CheckpointWriter) -> Report:
+    """What was stored, once all is committed."""
+    numbers = range(work.adapter.count + 1)
+    parts = [_committed(target, part) for part in numbers]
+    described = [one for part in parts for one in part["described"]]
+    report = Report(rows=[row for part in parts for row in part["rows"]])
+    report.config = work.layout.config(work.source.config, described)
+    report.expected = _expected(work.adapter, work.source, work.plan, work.layout.names)
+    report.carried = work.adapter.unmapped_tensors()
+    factors = [factors_of(target.restore_beside(part) or {}) for part in numbers]
+    report.adapter = {path: one for part in factors for path, one in part.items()} or None
+    return report
+
+
 def _elsewhere(job: BitJob, plan: Plan) -> int | None:
     """Bytes that will be stored for all that is in no group, if that is not as in the source."""
     if not plan.head or plan.head_bits is None:
@@ -125,9 +145,7 @@ def _quantize_blocks(
     """
 
     def restore(index: int) -> dict[str, Tensor] | None:
-        if (part := target.restore(index)) is None:
-            return None
-        return work.restored(part[0], part[1]["described"])
+        return work.restored(target, index)
 
     count = work.adapter.count
     blocks = walk_blocks(work.adapter, work.source, states, restore=restore)
@@ -140,10 +158,11 @@ def _quantize_blocks(
         if not block.restored:
             done = work.quantize_block(block, states, originals)
             report = {"rows": done.rows, "described": done.described}
-            target.commit(block.index, done.tensors, report)
+            target.commit(block.index, done.tensors, report, beside=done.beside)
             del done  # some of its tensors keep a map of the source's shard
     outside = work.quantize_outside(states)
-    target.commit(count, outside.tensors, {"rows": outside.rows, "described": outside.described})
+    report = {"rows": outside.rows, "described": outside.described}
+    target.commit(count, outside.tensors, report, beside=outside.beside)
 
 
 def _expected(adapter: ModelAdapter, source: Checkpoint, plan: Plan, names_of: Any) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,58 +15,40 @@ from compresso import registry
 from compresso.calibration.gram import GramSum
 from compresso.calibration.originals import Originals
 from compresso.calibration.states import States
-from compresso.calibration.tuning import Rule, tune_block
 from compresso.calibration.walk import LiveBlock
 from compresso.checkpoint.packings import decoded
 from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import NumericalError
+from compresso.kernels.decomposition import Decomposed, Fisher
 from compresso.kernels.gptq import relative_error
 from compresso.kernels.matching import moved
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
+from compresso.stages.compensate_forms import with_factors
 from compresso.stages.damping import with_damping_raised
-from compresso.stages.quantize_layouts import Codes, Described, Layout
+from compresso.stages.quantize_layouts import Codes, Layout
+from compresso.stages.quantize_parts import Done, Linear, stored
 from compresso.stages.quantize_plan import Plan, options_of
+from compresso.stages.quantize_tuning import tuned
 
 MATCH_DAMPING = 0.1  # of `moved`
-# How AutoRound moves from what another method rounded.
-RULE: dict[str, Rule] = {"rtn": "sign", "gptq": "gradient"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """What is stored of a block, or of what is in none.
-
-    tensors: by name. rows: one for each quantized linear. described: what config.json has to say.
-    """
-
-    tensors: dict[str, Tensor]
-    rows: list[dict[str, Any]]
-    described: list[Described]
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A quantized linear.
-
-    name: in the checkpoint. module: in transformers. path: in its block. weights: how many it has.
-    """
-
-    name: str
-    module: str
-    path: str
-    weights: int
-    codes: Codes
-    row: dict[str, Any]
 
 
 class Work:
     """One quantize run: what its blocks have in common."""
 
     def __init__(
-        self, adapter: ModelAdapter, source: Checkpoint, step: Step, plan: Plan, layout: Layout
+        self,
+        adapter: ModelAdapter,
+        source: Checkpoint,
+        step: Step,
+        plan: Plan,
+        layout: Layout,
+        fisher: Mapping[str, Fisher] | None = None,
     ) -> None:
+        """fisher: of linears, by name in the checkpoint, for a method that goes by it."""
         self.adapter = adapter
         self.source = source
         self.settings = step.settings
@@ -76,8 +58,10 @@ class Work:
         self.match: float = getattr(step.settings, "match", 0.0)
         # AutoRound trains what another method rounded.
         method = registry.method("quantize", self.settings.start if self.tuned else step.method)
-        self.calibrated = method.calibrated
-        self._quantizer: Callable[..., Codes] = registry.load(method.code)
+        self._fisher = fisher or {}
+        self.decomposes = step.method == "lq-lora"  # every linear by itself, and without a gram
+        self.calibrated = method.calibrated and not self.decomposes
+        self._quantizer: Callable[..., Codes | Decomposed[Any]] = registry.load(method.code)
         chosen = asdict(method.settings()) | asdict(self.settings)
         self._options = options_of(self._quantizer, chosen)
         self._takes_bits = "bits" in self._options
@@ -98,7 +82,7 @@ class Work:
         if (least := getattr(self.settings, "least", None)) is not None:
             block.weigh_tokens(least)
         tensors = self.source.load_weights(self.adapter.block_tensors(index))
-        linears: list[_Linear] = []
+        linears: list[Linear] = []
         for number, paths in enumerate(self.plan.groups[index]):
             gram = missing = None
             if self.match and originals is not None:
@@ -117,12 +101,13 @@ class Work:
             )
             del gram, missing  # not to be there beside the next ones
             linears += [
-                _Linear(f"{prefix}{path}", f"{module}{path}", path, count, codes, row)
+                Linear(f"{prefix}{path}", f"{module}{path}", path, count, codes, row)
                 for path, (count, codes, row) in zip(paths, found, strict=True)
             ]
         if self.tuned and linears and originals is not None:
-            linears = self._tune(block, states, originals.states, linears)
-        return self._stored(tensors, linears, {"block": index})
+            both = states, originals.states
+            linears = tuned(self.adapter, self.source, self.settings, block, both, linears)
+        return stored(tensors, linears, self.layout, {"block": index})
 
     def follow(self, block: LiveBlock, originals: Originals, changed: dict[str, Tensor]) -> None:
         """Run a block in the original model; afterwards the block is as before.
@@ -138,24 +123,28 @@ class Work:
         if changed:
             self.adapter.load_block(block.index, self.source, changed)
 
-    def restored(self, tensors: dict[str, Tensor], described: list[Described]) -> dict[str, Tensor]:
-        """The dense form of the tensors that are stored of a block."""
-        config = self.layout.config(self.source.config, described)
-        return decoded(tensors, config, self.source.dtype)
+    def restored(self, target: CheckpointWriter, index: int) -> dict[str, Tensor] | None:
+        """The dense tensors of a block that is committed; None if it is not."""
+        if (part := target.restore(index)) is None:
+            return None
+        config = self.layout.config(self.source.config, part[1]["described"])
+        dense = decoded(part[0], config, self.source.dtype)
+        beside = target.restore_beside(index) or {}
+        return with_factors(dense, beside, transposed=self.adapter.family.transposed)
 
     def quantize_outside(self, states: States) -> Done:
         """Everything that is in no block, unchanged but for the head where that was asked for."""
         adapter = self.adapter
         tensors = self.source.load(adapter.outside_tensors() + adapter.unmapped_tensors())
         if not self.plan.head:
-            return Done(tensors, [], [])
+            return Done(tensors)
         weight = self._matrix(tensors.pop(adapter.head_tensor))
         name = adapter.head_tensor.removesuffix(".weight")
         gram = self._head_gram(states) if self.calibrated else None
         bits, put = self.plan.head_bits, [adapter.set_head]
         [(count, codes, row)] = self._quantize_group([name], [weight], gram, bits, put)
-        head = _Linear(name, adapter.family.head, "", count, codes, row)
-        return self._stored(tensors, [head], {})
+        head = Linear(name, adapter.family.head, "", count, codes, row)
+        return stored(tensors, [head], self.layout, {})
 
     def _quantize_group(
         self,
@@ -165,7 +154,7 @@ class Work:
         bits: int | None,
         put: Sequence[Callable[[Tensor], None]],
         missing: Tensor | None = None,
-    ) -> list[tuple[int, Codes, dict[str, Any]]]:
+    ) -> list[tuple[int, Codes | Decomposed[Any], dict[str, Any]]]:
         """Quantize linears that read the same input as one matrix of stacked rows.
 
         put:     what takes each linear's decoded weight, (out, in). Empties `weights`.
@@ -179,15 +168,16 @@ class Work:
         moves: Sequence[float | None] = [None] * len(names)
         if missing is not None and gram is not None:
             stacked, moves = self._moved(stacked, missing, gram, sizes, names[0])
-        codes, damping = self._round(stacked, gram, bits, names)
+        pieces, damping = self._pieces(stacked, gram, bits, names, sizes)
         seconds = (time.perf_counter() - start) / len(stacked)
         found = []
-        pieces: Sequence[Codes] = codes.split(sizes)
         parts = zip(names, put, stacked.split(sizes), pieces, moves, strict=True)
         for name, put_decoded, weight, part, move in parts:
             # What later blocks see is what a reader of the checkpoint gets: the decoded weights
-            # in the checkpoint's own type.
-            dense = part.decode().to(self.source.dtype)
+            # in the checkpoint's own type, and in float32 what an adapter adds.
+            dense = part.decode()
+            if not isinstance(part, Decomposed) or not self.settings.pack:
+                dense = dense.to(self.source.dtype)
             put_decoded(dense)
             row: dict[str, Any] = {"linear": name}
             if bits is not None:
@@ -195,12 +185,36 @@ class Work:
             if move is not None:
                 row["moved"] = move
             row["weight_error"] = relative_error(weight, dense)
+            if isinstance(part, Decomposed):
+                row |= {"rank": len(part.factors.down), "turns": len(part.errors)}
+                if name in self._fisher:
+                    row["fisher_error"] = part.error
             if gram is not None:
                 row["output_error"] = relative_error(weight, dense, gram)
                 row["damping"] = damping
             row["seconds"] = seconds * len(weight)
             found.append((weight.numel(), part, row))
         return found
+
+    def _pieces(
+        self,
+        stacked: Tensor,
+        gram: Tensor | None,
+        bits: int | None,
+        names: list[str],
+        sizes: list[int],
+    ) -> tuple[Sequence[Codes | Decomposed[Any]], float]:
+        """The codes of each of the linears that were stacked, and the damping they took."""
+        if not self.decomposes:
+            codes, damping = self._round(stacked, gram, bits, names)
+            assert not isinstance(codes, Decomposed)
+            return codes.split(sizes), damping
+        pieces: list[Codes | Decomposed[Any]] = []
+        for name, part in zip(names, stacked.split(sizes), strict=True):
+            rank = min(self.settings.rank, *part.shape)
+            own = {"importance": self._fisher.get(name), "rank": rank}
+            pieces.append(self._round(part, None, bits, [name], own)[0])
+        return pieces, 0.0
 
     def _moved(
         self, weight: Tensor, missing: Tensor, gram: Tensor, sizes: list[int], name: str
@@ -214,70 +228,27 @@ class Work:
         return found, [relative_error(*pair) for pair in pairs]
 
     def _round(
-        self, weight: Tensor, gram: Tensor | None, bits: int | None, names: list[str]
-    ) -> tuple[Codes, float]:
-        """Run the method, with ten times the damping where the gram needs it."""
-        options = {**self._options, "scale_dtype": self.source.dtype}
+        self,
+        weight: Tensor,
+        gram: Tensor | None,
+        bits: int | None,
+        names: list[str],
+        own: dict[str, Any] | None = None,
+    ) -> tuple[Codes | Decomposed[Any], float]:
+        """Run the method, with ten times the damping where the gram needs it.
+
+        own: options of these linears alone.
+        """
+        options = {**self._options, "scale_dtype": self.source.dtype, **(own or {})}
         if self._takes_bits:
             options["bits"] = bits
 
-        def quantize(damping: float) -> Codes:
+        def quantize(damping: float) -> Codes | Decomposed[Any]:
             return self._quantizer(
                 weight, gram, **options | ({"damping": damping} if damping else {})
             )
 
         return with_damping_raised(quantize, options.get("damping", 0.0), where=f"`{names[0]}`")
-
-    def _tune(
-        self, block: LiveBlock, states: States, originals: States, linears: list[_Linear]
-    ) -> list[_Linear]:
-        """The same linears with trained roundings, in place in the block."""
-        start, settings = time.perf_counter(), self.settings
-        weights = {
-            linear.path: self._matrix(
-                self.source.load_weights([f"{linear.name}.weight"])[f"{linear.name}.weight"]
-            ).to(self.adapter.device, torch.float32)
-            for linear in linears
-        }
-        tuned = tune_block(
-            self.adapter,
-            states,
-            block.index,
-            {linear.path: (weights[linear.path], linear.codes) for linear in linears},  # type: ignore[misc]
-            targets=originals,
-            symmetric=settings.symmetric,
-            steps=settings.steps,
-            sequences=settings.sequences,
-            seed=settings.seed,
-            rule=RULE[settings.start],
-        )
-        share = (time.perf_counter() - start) / len(linears)
-        found = []
-        for linear in linears:
-            codes = tuned.packed[linear.path]
-            dense = codes.decode().to(self.source.dtype)
-            self.adapter.set_weight(block.module, linear.path, dense)
-            row = {"linear": linear.name, "bits": linear.row["bits"]}
-            row["weight_error"] = relative_error(weights[linear.path], dense)
-            row |= {"block_error_before": tuned.before, "block_error": tuned.after}
-            row["seconds"] = linear.row["seconds"] + share
-            found.append(replace(linear, codes=codes, row=row))
-        block.forget()
-        return found
-
-    def _stored(
-        self, tensors: dict[str, Tensor], linears: list[_Linear], row: dict[str, Any]
-    ) -> Done:
-        """Everything that is stored: tensors that stayed as they were, and packed linears."""
-        done = Done(tensors, [], [])
-        for linear in linears:
-            packed, described = self.layout.pack(linear.name, linear.module, linear.codes)
-            tensors |= packed
-            size = sum(tensor.nbytes for tensor in packed.values())
-            stored = {"stored_bits": 8 * size / linear.weights, "parameters": linear.weights}
-            done.rows.append({**row, **linear.row, **stored})
-            done.described.append(described)
-        return done
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """(out, in) from the stored orientation, or back."""

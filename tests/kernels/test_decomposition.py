@@ -142,7 +142,7 @@ def test_the_method_is_the_decomposition_with_a_uniform_grid():
     weight, weights = matrix((24, 32)), fisher((24, 32))
     before = weight.clone()
     expected = run(weight, bits=3, fisher=weights)
-    found = quantize(weight, None, bits=3, rank=4, turns=20, fisher=weights, **OPTIONS)
+    found = quantize(weight, None, bits=3, rank=4, turns=20, importance=weights, **OPTIONS)
     assert torch.equal(found.codes.codes, expected.codes.codes)
     assert torch.equal(found.decode(), expected.decode())
     assert torch.equal(weight, before)

@@ -152,9 +152,9 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     still = {"steps": 1, "rate": 1e-6}
     plain = trained(source, tmp_path / "plain", **still).report
     begun = trained(source, tmp_path / "begun", start="eora", **still).report
-    eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4)
+    eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4, match=1.0)
     losses = [report.rows[0]["heldout_loss"] for report in (plain, begun)]
-    assert losses[1] < 0.95 * losses[0]
+    assert losses[1] < 0.99 * losses[0]
     written = [Checkpoint(tmp_path / name) for name in ("begun", "eora")]
     factors = [one.adapter.load(one.adapter.paths) for one in written]
     for path, expected in factors[1].items():

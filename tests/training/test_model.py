@@ -250,8 +250,8 @@ def test_codes_cannot_be_trained(tmp_path):
 
 
 def test_kernels_of_bitsandbytes_give_what_decoding_gives(tmp_path):
-    for double in (False, True):
-        source = quantized(tmp_path / str(double), "nf4", double=double)
+    for bits in (None, 8):
+        source = quantized(tmp_path / str(bits), "nf4", scale_bits=bits)
         path = "model.layers.1.mlp.down_proj"
         weight = packed_product.PackedWeight(
             source, path, transposed=False, dtype=torch.float32, device=torch.device("cpu")
