@@ -80,7 +80,10 @@ class HealSettings:
         ),
     ] = "auto"
     compile: Annotated[
-        Switch, limit(description="Compile blocks with torch.compile; `auto` where it pays.")
+        Switch,
+        limit(
+            description="Compile blocks with torch.compile; `auto`: on GPUs, for 200 steps or more."
+        ),
     ] = "auto"
     plot: Annotated[
         bool | None,

@@ -25,12 +25,18 @@ LOGITS_COPIES = 6
 
 @dataclass(frozen=True)
 class Load:
-    """What is run at once. rank: of corrections. packed: codes stay codes."""
+    """What is run at once.
+
+    rank: of corrections. packed: codes stay codes. processes: that train; on a CPU they share its
+    memory. sharded: they split what is trained.
+    """
 
     sequences: int
     length: int
     rank: int
     packed: bool
+    processes: int = 1
+    sharded: bool = False
 
 
 def decide_checkpointing(
@@ -42,7 +48,7 @@ def decide_checkpointing(
 
     Raises ResourceError, naming what is needed, if memory is too small.
     """
-    free = free_memory()
+    free = free_memory() // load.processes
     if adapter.device.type == "cuda":
         free = torch.cuda.mem_get_info(adapter.device)[0]
     whole, less = (needed(adapter, source, trained, load, again=again) for again in (False, True))
@@ -72,6 +78,7 @@ def needed(
             weights += prod(info.shape) * itemsize
     shapes = [source.weight_info(f"{path}.weight").shape for path in trained.linears]
     moving = trained.parameters(source) + load.rank * sum(map(sum, shapes))
+    moving //= load.processes if load.sharded else 1
     tokens = load.sequences * load.length
     width, inner = int(adapter.config.hidden_size), _inner(adapter)
     kept = itemsize * (KEPT_WIDTHS * width + KEPT_INNER * inner) * tokens
