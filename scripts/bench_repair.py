@@ -38,7 +38,7 @@ BASES = {
 }
 CORRECTIONS = {
     "svd": "eora --no-weighted",
-    "eora": "eora",
+    "eora": "eora --match 0",
     "eora match": "eora --match 1",
     "loftq": "loftq",
     "lq-lora": "lq-lora --no-fisher",
