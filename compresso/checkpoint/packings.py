@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compresso.checkpoint.coded import Coded, coding_of
+from compresso.checkpoint.coded import CODED, ENDING, KEY, Coded, coding_of
 from compresso.checkpoint.directory import Load, TensorInfo
-from compresso.checkpoint.layout import CODES, packed_names, schemes, unpack
+from compresso.checkpoint.layout import CODES, module_of, packed_names, schemes, unpack
 from compresso.errors import CheckpointError, NumericalError
 from compresso.kernels.grid import Packed
 from compresso.kernels.hqq import AffineCodes
@@ -85,10 +85,11 @@ def decoded(
     """The same tensors with every packed linear as its dense weight, in `dtype`.
 
     tensors: some of a checkpoint's by name, of each linear all or none. Not modified.
-    config:  its config.json, which of coded linears names only those among them.
+    config:  its config.json, which may name further linears.
 
     Raises CheckpointError as `packing_of`.
     """
+    config = about(config, tensors)
     if not is_packed(config, tensors):
         return dict(tensors)
     infos = {
@@ -133,6 +134,16 @@ def merged_codes(
         return merge_pooled(codes, factor.up, factor.down, zero_dtype=torch.float16)
     except NumericalError:  # zeros are far away where all weights of a group are nearly alike
         return merge_pooled(codes, factor.up, factor.down)
+
+
+def about(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A config.json that of coded linears names only those among some tensors. Not modified."""
+    if (plan := coding_of(config)) is None:
+        return config
+    stored = {name.removesuffix(ENDING) for name in names if name.endswith(ENDING)}
+    held = {module_of(path, plan[CODED]) for path in stored}
+    kept = {module: kind for module, kind in plan[CODED].items() if module in held}
+    return {**config, KEY: {**config[KEY], CODED: kept}}
 
 
 def method_of(config: dict[str, Any]) -> str | None:

@@ -32,13 +32,13 @@ class CorrectedCheckpoint(Checkpoint):
         rank: of the corrections, at least 1. corrected: the blocks that have them, ascending.
         """
         super().__init__(source.path)
+        self._zeros: dict[str, tuple[int, ...]] = {}
         structure = replace(structure_of(source.config), rank=rank, corrected=tuple(corrected))
         self.config = restructure(source.config, structure, coded=coding_of(source.config))
         family = family_of(source.config["model_type"])
         dtype = source.dtype
         self._infos = {name: info for name, info in self._infos.items() if not is_factor(name)}
         dense = set(self.weight_names())
-        self._zeros: dict[str, tuple[int, ...]] = {}
         for block in corrected:
             for mlp, half in enumerate(halves(family)):
                 if structure.lacks(2 * block + mlp):

@@ -14,14 +14,14 @@ from compresso.calibration.following import Following
 from compresso.calibration.probe import probe_tokens
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
-from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
-from compresso.stages.compensate_forms import Factors, Within, factors_of
+from compresso.stages.compensate_forms import Within
 from compresso.stages.compensate_plan import Plan, make_plan
+from compresso.stages.compensate_result import commit_outside, finished
 from compresso.stages.compensate_work import Work
 from compresso.stages.original import original_of
 from compresso.stages.rank_choice import choose_ranks
@@ -67,8 +67,8 @@ def eora(
     every linear is worth. A block is committed as soon as it is done; a restarted run goes on after
     the committed ones.
 
-    Reports a row per corrected linear: rank, bytes, and the squared error of its output, relative to
-    what it should be, before and after.
+    Reports a row per corrected linear: rank, bytes, and the squared error of its output, relative
+    to what it should be, before and after.
 
     Peak memory: one block's weights and its original's, one gram and its factor, and the hidden
     states of the calibration tokens, in the original model too for `match`, up to the memory
@@ -81,7 +81,7 @@ def eora(
     ranks = run.ranks()
     states, following = run.enter()
     run.write(states, following, ranks)
-    return run.report(states)
+    return finished(plan.pair, target, run.probe, states)
 
 
 class _Run:
@@ -163,37 +163,4 @@ class _Run:
                 report = {"rows": done.rows}
                 target.commit(block.index, done.tensors, report, beside=done.beside)
                 del done
-        outside = pair.source.load(pair.stored(None))
-        target.commit(pair.adapter.count, outside, {"rows": []})
-
-    def report(self, states: States) -> Report:
-        """What was done, once all is committed."""
-        pair, report = self.pair, Report()
-        factors: Factors = {}
-        for part in range(pair.adapter.count + 1):
-            committed = self.target.restore(part)
-            assert committed is not None
-            report.rows += committed[1]["rows"]
-            factors |= factors_of(self.target.restore_beside(part) or {})
-        report.adapter = factors or None
-        report.config = pair.source.config
-        report.expected = pair.source.names()
-        report.carried = pair.adapter.unmapped_tensors()
-        assert states.probe is not None
-        logits = pair.adapter.logits(pair.source, states.probe).cpu()
-        report.fingerprint = Fingerprint(self.probe, logits)
-        report.summary = _summary(report.rows, pair.source)
-        return report
-
-
-def _summary(rows: list[dict[str, Any]], source: Checkpoint) -> dict[str, Any]:
-    """Means over corrected linears, and sizes."""
-    summary: dict[str, Any] = {"linears": len(rows)}
-    for key in ("output_error_before", "output_error", "weight_error_before", "weight_error"):
-        if values := [row[key] for row in rows if key in row]:
-            summary[f"mean_{key}"] = sum(values) / len(values)
-    ranks = [row["rank"] for row in rows]
-    if ranks:
-        summary |= {"least_rank": min(ranks), "most_rank": max(ranks)}
-    added = sum(row["bytes"] for row in rows)
-    return summary | {"bytes_before": source.stored_bytes, "bytes_added": added}
+        commit_outside(pair, target)

@@ -105,13 +105,8 @@ class Beside:
         self, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Form`."""
-        factors = factors_of(beside)
-        dense = self.source.load_weights(f"{name}.weight" for name in factors)
-        for name, one in factors.items():
-            product = one.product()
-            turned = product.T if self.adapter.family.transposed else product
-            dense[f"{name}.weight"] = dense[f"{name}.weight"].float() + turned
-        return dense
+        dense = self.source.load_weights(f"{name}.weight" for name in factors_of(beside))
+        return with_factors(dense, beside, transposed=self.adapter.family.transposed)
 
 
 @dataclass(frozen=True)
@@ -161,6 +156,19 @@ def factors_of(beside: Mapping[str, Tensor]) -> Factors:
         name: LowRank(beside[f"{name}{FACTOR_UP}"].float(), beside[f"{name}{FACTOR_DOWN}"].float())
         for name in names
     }
+
+
+def with_factors(
+    dense: Mapping[str, Tensor], beside: Mapping[str, Tensor], *, transposed: bool
+) -> dict[str, Tensor]:
+    """Dense tensors by name with the corrections that were kept beside them added, in float32."""
+    found = dict(dense)
+    for name, one in factors_of(beside).items():
+        product = one.product()
+        found[f"{name}.weight"] = found[f"{name}.weight"].float() + (
+            product.T if transposed else product
+        )
+    return found
 
 
 def _rounded(factors: LowRank, dtype: torch.dtype) -> LowRank:

@@ -60,12 +60,11 @@ def make_plan(
     shapes = {pair.name(b, path): pair.shape(b, path) for b in blocks for path in pair.paths(b)}
     budget = added_bytes(settings.size, source) if settings.size is not None else 0
     rank = None if settings.size is not None else settings.rank or DEFAULT_RANK
-    dense_form = Merged(pair.adapter, source.dtype)
     if not within:
-        beside = source.packed or settings.merge is False
-        return Plan(
-            pair, Beside(pair.adapter, source) if beside else dense_form, shapes, rank, budget
-        )
+        form: Form = Merged(pair.adapter, source.dtype)
+        if source.packed or settings.merge is False:
+            form = Beside(pair.adapter, source)
+        return Plan(pair, form, shapes, rank, budget)
     if rank is None:
         rank = _common_rank(source, shapes, budget, settings)
     prefix = pair.adapter.blocks_prefix

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, log
-from typing import Any
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv
 from compresso.runtime import Runtime
 from compresso.stages.compensate_plan import check_no_adapter
+from compresso.stages.compensate_pooled import groups_of, write_pooled
 from compresso.stages.compensate_start import check_start, eora_start
+from compresso.stages.compensate_summary import recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_measure import measure
 from compresso.stages.heal_memory import Load, decide_checkpointing
@@ -38,6 +40,9 @@ from compresso.training.options import History, TrainOptions
 from compresso.training.teacher import Wanted, open_teacher
 
 CSV, PICTURE = "training.csv", "training.png"
+
+# Linears that get the same kind of correction: its rank, and the inputs that it adds up first.
+_Kind = tuple[list[str], int, int | None]
 
 
 def rilq(
@@ -102,24 +107,35 @@ class _Work:
             source, settings.original, trust_remote_code=self.runtime.trust_remote_code
         )
         history, output = self._train(original, report)
-        healed = output.changed(source)
+        healed = self._write(output, report)
         perplexity, report.fingerprint = self._measure(healed, "result")
         first, _ = self._measure(original, "original")
-        adapter = open_adapter(source, self.runtime)
-        write_output(adapter, source, output, self.target)
-        report.adapter = output.factors
-        report.config = source.config
-        report.expected = source.names()
-        report.carried = adapter.unmapped_tensors()
-        report.summary |= _recovered(first, history, perplexity) | _sizes(source, output)
+        report.summary |= recovered(first, history, perplexity)
         self._show(history, report, original=first)
         return report
+
+    def _write(self, output: Output, report: Report) -> Checkpoint:
+        """Commit all parts, as the settings ask; what a reader of the output will find."""
+        source, settings = self.source, self.step.settings
+        adapter = open_adapter(source, self.runtime)
+        report.carried = adapter.unmapped_tensors()
+        if settings.pooled:
+            assert output.factors is not None
+            pooled = write_pooled(adapter, source, output.factors, self.target)
+            report.config, report.expected = pooled.config, pooled.names
+            return pooled.changed(source)
+        write_output(adapter, source, output, self.target)
+        report.adapter = output.factors
+        report.config, report.expected = source.config, source.names()
+        report.summary |= sizes(source, output)
+        return output.changed(source)
 
     def _train(self, original: Checkpoint, report: Report) -> tuple[History, Output]:
         """What training came to, and what of it is to be written."""
         source, settings, text = self.source, self.step.settings, self.text
         adapter = open_adapter(source, self.runtime, dtype=training_dtype(source, self.runtime))
         paths = own_linears(adapter)
+        kinds = list(self._kinds(paths))
         shares = self._shares()
         wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
         teacher = open_teacher(
@@ -134,7 +150,7 @@ class _Work:
         with teacher, TrainingModel(adapter, source) as model:
             history = train(
                 model,
-                self._corrections(model, paths, original),
+                self._corrections(model, kinds, original),
                 MixedObjective(shares, teacher),
                 text.data,
                 text.heldout,
@@ -142,7 +158,9 @@ class _Work:
                 store=self._store,
                 title=self.step.method,
             )
-            report.summary |= _told(history, model, options, len(text.data))
+            report.summary |= told(history, model, options, len(text.data))
+            if settings.pooled:
+                return history, Output(factors=model.low_ranks())
             merge = not source.packed and settings.merge is not False
             return history, of_corrections(model, source, merge=merge)
 
@@ -158,7 +176,7 @@ class _Work:
         return Shares(next_token=own, hidden=1 - own)
 
     def _corrections(
-        self, model: TrainingModel, paths: list[str], original: Checkpoint
+        self, model: TrainingModel, kinds: list[_Kind], original: Checkpoint
     ) -> list[nn.Parameter]:
         settings = self.step.settings
         start = None
@@ -171,7 +189,23 @@ class _Work:
                 self.runtime,
                 store=self._store,
             )
-        return model.add_low_rank(paths, settings.rank, seed=settings.seed, start=start)
+        parameters: list[nn.Parameter] = []
+        for paths, rank, pooled in kinds:
+            parameters += model.add_low_rank(
+                paths, rank, seed=settings.seed, start=start, pooled=pooled
+            )
+        return parameters
+
+    def _kinds(self, paths: list[str]) -> Iterator[_Kind]:
+        """The linears by kind of correction."""
+        rank: int = self.step.settings.rank
+        if not self.step.settings.pooled:
+            yield paths, rank, None
+            return
+        groups = groups_of(self.source, paths)
+        for kind in dict.fromkeys(groups.values()):
+            # A rank above the number of sums adds nothing.
+            yield [p for p in paths if groups[p] == kind], min(rank, kind.count), kind.size
 
     def _options(self, adapter: ModelAdapter, paths: list[str]) -> TrainOptions:
         settings = self.step.settings
@@ -238,6 +272,11 @@ def _split(calibration: Calibration, settings: RilqSettings) -> _Text:
 def _check(source: Checkpoint, settings: RilqSettings) -> None:
     """Raises ConfigError if corrections cannot be stored as the settings ask."""
     check_no_adapter(source)
+    if settings.pooled and (settings.merge is False or settings.start == "eora"):
+        given = "--no-merge" if settings.merge is False else "--start eora"
+        raise ConfigError(f"`{given}` does not go with `--pooled`", hint=f"leave out `{given}`")
+    if settings.pooled:
+        return
     if settings.start == "eora":
         check_start(source)
     if settings.merge and source.packed:
@@ -245,35 +284,3 @@ def _check(source: Checkpoint, settings: RilqSettings) -> None:
             f"corrections cannot be added to the packed weights of `{source.path}`",
             hint="leave out `--merge`: they become an adapter; or pass `--pooled`",
         )
-
-
-def _told(
-    history: History, model: TrainingModel, options: TrainOptions, sequences: int
-) -> dict[str, Any]:
-    """What training came to."""
-    steps = len([row for row in history.rows if row["step"]])
-    return {
-        "trained_parameters": model.trained_parameters(),
-        "steps": steps,
-        "tokens_seen": history.tokens,
-        "epochs": steps * options.sequences / sequences,
-        "best_step": history.best_step,
-        "ended": history.ended,
-        "tokens_per_second": history.tokens_per_second,
-    }
-
-
-def _recovered(original: float, history: History, after: float) -> dict[str, float]:
-    """Perplexities of the held-out sequences, and the share of what was lost that came back."""
-    before = history.heldout(0)["heldout_ppl"]
-    found = {"ppl_original": original, "ppl_before": before, "ppl_after": after}
-    if before > original:
-        found["recovered"] = log(before / after) / log(before / original)
-    return found
-
-
-def _sizes(source: Checkpoint, output: Output) -> dict[str, int]:
-    size = source.dtype.itemsize
-    factors = (output.factors or {}).values()
-    added = sum(size * (one.up.numel() + one.down.numel()) for one in factors)
-    return {"bytes_before": source.stored_bytes, "bytes_added": added}

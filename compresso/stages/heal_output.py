@@ -64,7 +64,7 @@ def write_output(
     written to it.
     """
     unchanged = 0
-    for part, names in enumerate(_parts(source.names(), adapter.blocks_prefix, adapter.count)):
+    for part, names in enumerate(parts_of(source.names(), adapter.blocks_prefix, adapter.count)):
         if target.restore(part) is None:
             same = source.load(name for name in names if name not in output.tensors)
             own = {name: output.tensors[name] for name in names if name in output.tensors}
@@ -82,7 +82,7 @@ def write_output(
     return unchanged
 
 
-def _parts(names: list[str], prefix: str, blocks: int) -> list[list[str]]:
+def parts_of(names: list[str], prefix: str, blocks: int) -> list[list[str]]:
     """The tensors of every block, and last those of none."""
     parts: list[list[str]] = [[] for _ in range(blocks + 1)]
     for name in names:

@@ -43,14 +43,18 @@ class LowRankPath(nn.Module):
         self.pooled = pooled
         self._dropout = dropout
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """The output plus the correction.
+
+        inputs: (..., in). output: of the linear, (..., out). Neither is modified.
+        """
         if self._dropout:
             inputs = nn.functional.dropout(inputs, self._dropout, self.training)
         if self.pooled > 1:
             inputs = inputs.unflatten(-1, (-1, self.pooled)).sum(-1)
-        narrow = nn.functional.linear(inputs, (self.scale * self.down).to(inputs.dtype))
-        return nn.functional.linear(narrow, self.up.to(inputs.dtype))
+        down, up = (self.scale * self.down).to(inputs.dtype), self.up.to(inputs.dtype)
+        narrow = inputs.flatten(0, -2) @ down.T
+        return torch.addmm(output.flatten(0, -2), narrow, up.T).view_as(output)
 
     def low_rank(self) -> LowRank:
         """The correction, scale included, on the CPU; a copy.

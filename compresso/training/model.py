@@ -46,6 +46,7 @@ class TrainingModel:
         self._paths: dict[str, LowRankPath] = {}
         self._trained: list[str] = []  # names in the checkpoint
         self._changed: list[nn.Module] = []  # that have a forward of their own
+        self._aside: dict[str, nn.Parameter] = {}  # of packed linears, without data
 
     def __enter__(self) -> Self:
         for stored, names in self._names.items():
@@ -67,7 +68,9 @@ class TrainingModel:
             delattr(self._linear(path), LOW_RANK)
         for stored in self._trained:
             self._unround(stored)
-        self._paths, self._trained, self._changed = {}, [], []
+        for name, parameter in self._aside.items():
+            put_parameter(self.module, name, parameter)
+        self._paths, self._trained, self._changed, self._aside = {}, [], [], {}
         for name in self.adapter.stored:
             empty_parameter(self.module, name)
 
@@ -123,7 +126,7 @@ class TrainingModel:
         """
         found: list[nn.Parameter] = []
         for name in stored:
-            if self.module.get_parameter(self._names[name][0]).is_meta:
+            if self._names[name][0] in self._aside:
                 raise ValueError(f"`{name}` is stored as codes")
             weight = self.source.load_weights([name])[name]
             master = weight.to(self.adapter.device, torch.float32, copy=True)
@@ -198,6 +201,9 @@ class TrainingModel:
             dtype=self.adapter.dtype,
             device=self.adapter.device,
         )
+        name = self._names[f"{path}.weight"][0]
+        self._aside[name] = self.module.get_parameter(name)
+        del linear.weight
         self._answer(linear, partial(_packed, linear, weight))
 
     def _answer(self, linear: nn.Module, forward: Any) -> None:
@@ -243,8 +249,8 @@ class _Rounded(nn.Module):
 
 
 def _corrected(answer: Any, low_rank: LowRankPath, inputs: Tensor) -> Tensor:
-    output: Tensor = answer(inputs)
-    return output + low_rank(inputs)
+    corrected: Tensor = low_rank(inputs, answer(inputs))
+    return corrected
 
 
 def _packed(linear: nn.Module, weight: PackedWeight, inputs: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,15 @@ from torch import Tensor
 
 from compresso.checkpoint.reader import Checkpoint
 
+Kernel = Callable[[Tensor], Tensor]
+
 
 class PackedWeight:
-    """A linear's weight as the checkpoint stores it, decoded whenever it is asked for."""
+    """A linear's weight as the checkpoint stores it, decoded whenever it is asked for.
+
+    kernel: gives the product with inputs, and its gradient, without decoding; None if there is
+            none for these codes here.
+    """
 
     def __init__(
         self,
@@ -31,6 +37,9 @@ class PackedWeight:
         self._dtype = dtype
         parts = source.load(self._packing.names(path))
         self._parts = {name: part.to(device) for name, part in parts.items()}
+        self.kernel: Kernel | None = None
+        if device.type == "cuda" and f"{path}.weight.quant_map" in parts:
+            self.kernel = four_bit_kernel(path, self._parts)
 
     @property
     def nbytes(self) -> int:
@@ -62,5 +71,33 @@ def product(inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor
 
     The weight is decoded for the product and again for its gradient, and never kept.
     """
-    output: Tensor = _Product.apply(inputs, weight.decode)
+    if weight.kernel is not None:
+        output = weight.kernel(inputs)
+    else:
+        output = _Product.apply(inputs, weight.decode)
     return output if bias is None else output + bias
+
+
+def four_bit_kernel(path: str, stored: Mapping[str, Tensor]) -> Kernel:
+    """The product of bitsandbytes' own kernels with a 4-bit linear.
+
+    stored: its tensors by name in the checkpoint, where the product is to be computed.
+
+    8-bit linears have none here: theirs rounds inputs, too, and to float16 first.
+    """
+    import bitsandbytes
+    from bitsandbytes.functional import QuantState
+
+    weight = stored[f"{path}.weight"]
+    described = {
+        name.removeprefix(f"{path}.weight."): part
+        for name, part in stored.items()
+        if part is not weight
+    }
+    state = QuantState.from_dict(described, device=weight.device)
+
+    def multiply(inputs: Tensor) -> Tensor:
+        output: Tensor = bitsandbytes.matmul_4bit(inputs, weight.t(), quant_state=state)
+        return output
+
+    return multiply

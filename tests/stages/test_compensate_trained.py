@@ -163,6 +163,33 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     assert eora.report.rows[0]["rank"] == 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pooled_corrections_end_up_in_the_zeros(quantized, family, tmp_path):
+    """Codes and scales stay, no adapter is left, and training gained what is written."""
+    source = quantized(family)
+    report = trained(source, tmp_path / "out", pooled=True, rate=2e-3).report
+    written = Checkpoint(tmp_path / "out")
+    assert written.adapter is None and "bytes_added" not in report.summary
+    paths = own_linears(open_adapter(source, RUNTIME))
+    assert set(written.packing.shapes) == set(paths)
+    for path in paths:
+        before, after = (
+            one.packing.uniform(path, one.load(one.packing.names(path)))
+            for one in (source, written)
+        )
+        assert torch.equal(before.codes, after.codes)
+        before, after = getattr(before, "grid", before), getattr(after, "grid", after)
+        assert torch.equal(before.scale, after.scale)
+        assert not torch.equal(before.zero, after.zero)
+        change = (before.zero - after.zero) * after.scale
+        assert torch.linalg.matrix_rank(change, rtol=1e-3) <= 4
+    rows = report.rows
+    assert rows[-1]["heldout_loss"] < 0.99 * rows[0]["heldout_loss"]
+    # Merged is as unmerged: the best state was measured before, this after.
+    best = next(row for row in rows if row["step"] == report.summary["best_step"])
+    assert report.summary["ppl_after"] == pytest.approx(best["heldout_ppl"], rel=1e-4)
+
+
 def test_the_teacher_s_place_changes_nothing_but_rounding(quantized, tmp_path):
     source = quantized("llama")
     places = ("disk", "resident")
@@ -209,9 +236,19 @@ def test_what_cannot_be_is_refused(quantized, tmp_path):
     assert "--nsamples" in few.value.hint
     with pytest.raises(ConfigError, match="cannot be added to the packed weights"):
         trained(source, tmp_path / "out", merge=True)
+    with pytest.raises(ConfigError, match="`--start eora` does not go with `--pooled`"):
+        trained(source, tmp_path / "out", start="eora", pooled=True)
+    with pytest.raises(ConfigError, match="`--no-merge` does not go with `--pooled`"):
+        trained(source, tmp_path / "out", merge=False, pooled=True)
     half = make_runtime(RuntimeSettings(dtype="float16", device="cpu"))
     with pytest.raises(ConfigError, match="gradients do not fit float16"):
         trained(source, tmp_path / "out", runtime=half)
+    original = {"original": str(source.path.parent / "original")}
+    dense = save(build("llama"), STRUCTURES["shared"], tmp_path / "dense")
+    with pytest.raises(ConfigError, match="has no zeros that could take a correction"):
+        trained(dense, tmp_path / "pooled", pooled=True, **original)
+    with pytest.raises(ConfigError, match="share linears"):
+        trained(dense, tmp_path / "begun", start="eora", **original)
     trained(source, tmp_path / "first", steps=1)
     with pytest.raises(ConfigError, match="has an adapter"):
         trained(Checkpoint(tmp_path / "first"), tmp_path / "out")
