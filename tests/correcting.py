@@ -120,9 +120,11 @@ def run_quantize(source: Checkpoint, target: Path, **settings) -> Checkpoint:
 
 
 def calm(family: str, **changes) -> PreTrainedModel:
-    """A tiny model in which rounding errors do not grow, and widths are multiples of 64."""
-    wide = {"n_inner": 128} if family == "gpt2" else {"intermediate_size": 128}
-    model = build(family, **wide, **changes)
+    """A model of two blocks in which rounding errors do not grow; widths are multiples of 64."""
+    sizes = {"intermediate_size": 128, "num_hidden_layers": 2}
+    if family == "gpt2":
+        sizes = {"n_inner": 128, "n_layer": 2}
+    model = build(family, **sizes, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -354,12 +354,12 @@ def test_speed_is_measured_with_it(dense):
 def test_it_is_inspected(dense, capsys):
     found = inspect_checkpoint(dense)
     assert found["adapter"] == {
-        "linears": 37,
+        "linears": 13,
         "lowest_rank": 1,
         "highest_rank": 3,
         "bytes": dense.adapter.nbytes,
     }
     print_inspection(found)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "37 linears, ranks 1 to 3," in shown
+    assert "13 linears, ranks 1 to 3," in shown
     assert found["stored_bytes"] == dense.stored_bytes
