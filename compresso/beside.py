@@ -13,7 +13,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
 from compresso.models.structure import MODELING_FILES, needs_code
-from compresso.report import Report
+from compresso.report import TRAINING_PICTURE, TRAINING_TABLE, Report
 from compresso.runtime import Runtime
 
 ROWS = "compresso-report.csv"
@@ -27,7 +27,7 @@ def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
     """
     carried = source.side_files()
     own = {file.name: file for file in MODELING_FILES}
-    for name in (ROWS, *own):
+    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, *own):
         carried.pop(name, None)
     if needs_code(config):
         carried |= own

@@ -19,7 +19,7 @@ from compresso.compensate_settings import RilqSettings
 from compresso.errors import CheckpointError, ConfigError
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
-from compresso.report import Report, rows_to_csv
+from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.compensate_plan import check_no_adapter
 from compresso.stages.compensate_pooled import groups_of, write_pooled
@@ -31,15 +31,13 @@ from compresso.stages.heal_memory import Load, decide_checkpointing
 from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.original import original_of
 from compresso.stages.plots import wants_plot
-from compresso.stages.training_plot import draw_training
+from compresso.stages.training_plot import write_training
 from compresso.stages.whole_model import own_linears, training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.options import History, TrainOptions
 from compresso.training.teacher import Wanted, open_teacher
-
-CSV, PICTURE = "training.csv", "training.png"
 
 # Linears that get the same kind of correction: its rank, and the inputs that it adds up first.
 _Kind = tuple[list[str], int, int | None]
@@ -242,14 +240,14 @@ class _Work:
 
     def _show(self, history: History, report: Report, *, original: float) -> None:
         """Rows, the table of all steps and the picture."""
-        partial = self.target.partial
         report.rows = [row for row in history.rows if "heldout_loss" in row]
-        (partial / CSV).write_text(rows_to_csv(history.rows), encoding="utf-8")
-        report.files["training"] = CSV
-        if wants_plot(self.step.settings.plot):
-            title = f"{self.step.name} of {self.source.path.name}"
-            draw_training(history, partial / PICTURE, original=original, title=title)
-            report.files["plot"] = PICTURE
+        report.files |= write_training(
+            history,
+            self.target.partial,
+            original=original,
+            title=f"{self.step.name} of {self.source.path.name}",
+            draws=wants_plot(self.step.settings.plot),
+        )
 
 
 def _split(calibration: Calibration, settings: RilqSettings) -> _Text:

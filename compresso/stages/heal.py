@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
+from math import log as natural
 from typing import Any
 
 from torch import nn
@@ -13,14 +14,15 @@ from compresso.calibration.generated import Author
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.changed import ChangedCheckpoint
 from compresso.checkpoint.kept import KeptState
+from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.errors import ConfigError
 from compresso.heal_settings import DEFAULT_STEPS
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
-from compresso.report import Report, rows_to_csv
-from compresso.runtime import Runtime
+from compresso.report import Report
+from compresso.runtime import Runtime, log
 from compresso.stages.compensate_summary import told
 from compresso.stages.heal_choice import Trained, draw, trained
 from compresso.stages.heal_measure import measure
@@ -28,14 +30,13 @@ from compresso.stages.heal_memory import Load, decide_checkpointing
 from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.heal_text import Text, find_original, load_text, open_objective
 from compresso.stages.plots import wants_plot
-from compresso.stages.training_plot import draw_training
+from compresso.stages.training_plot import write_training
 from compresso.stages.whole_model import training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.options import History, TrainOptions
 from compresso.training.processes import Processes, join
 
-CSV, PICTURE = "training.csv", "training.png"
 MANY_EPOCHS = 8
 # Largest learning rates, where the user names none.
 RATES = {"lora": 1e-3, "qlora": 1e-3, "norms": 1e-3}
@@ -70,10 +71,12 @@ def heal(
         author = Author(original or source, runtime, target.target.parent)
         text = load_text(calibration, step, source, author)
     work = _Work(source, step, text, target, runtime, report)
+    if processes.first:
+        work.measure_original(original)
     history, output = work.train(original, processes)
     if processes.first:
         work.write(output)
-        work.tell(original, history, drawing=drawing)
+        work.tell(history, drawing=drawing)
     return report
 
 
@@ -119,18 +122,18 @@ class _Work:
             merge = not source.packed and step.settings.merge is not False
             return history, of_corrections(model, source, merge=merge)
 
+    def measure_original(self, original: Checkpoint | None) -> None:
+        """Say what the held-out text is to the original, if there is one."""
+        if original is not None:
+            found, _ = self._measure(original, "original")
+            self.report.summary["ppl_original"] = found
+            log(f"heal: held-out perplexity of the original: {found:.4g}")
+
     def write(self, output: Output) -> None:
         """Commit all parts; measure what they make up."""
         report, source = self.report, self.source
         healed = output.changed(source)
-        perplexity, report.fingerprint = measure(
-            healed,
-            self.text.batches,
-            self.runtime,
-            spill_dir=self.target.partial,
-            title="heal: result",
-        )
-        report.summary["ppl_healed"] = perplexity
+        report.summary["ppl_healed"], report.fingerprint = self._measure(healed, "result")
         adapter = open_adapter(source, self.runtime)
         report.summary["unchanged_tensors"] = write_output(adapter, source, output, self.target)
         report.adapter = output.factors
@@ -138,27 +141,28 @@ class _Work:
         report.expected = source.names()
         report.carried = adapter.unmapped_tensors()
 
-    def tell(self, original: Checkpoint | None, history: History, *, drawing: bool) -> None:
-        """Say how it went, with the original to compare with if there is one."""
-        report, partial_ = self.report, self.target.partial
-        first = None
-        if original is not None:
-            first, _ = measure(
-                original,
-                self.text.batches,
-                self.runtime,
-                spill_dir=partial_,
-                title="heal: original",
-            )
-        found = _recovered(first, history, report.summary["ppl_healed"])
-        report.summary = found | report.summary | {"heldout": self.text.record}
+    def tell(self, history: History, *, drawing: bool) -> None:
+        """Say how it went, once the result is measured."""
+        report = self.report
+        perplexities = _perplexities(report.summary, history)
+        report.summary = perplexities | report.summary | {"heldout": self.text.record}
         report.rows = [row for row in history.rows if "heldout_loss" in row]
-        (partial_ / CSV).write_text(rows_to_csv(history.rows), encoding="utf-8")
-        report.files["training"] = CSV
-        if drawing:
-            title = f"{self.step.name} of {self.source.path.name}"
-            draw_training(history, partial_ / PICTURE, original=first, title=title)
-            report.files["plot"] = PICTURE
+        report.files |= write_training(
+            history,
+            self.target.partial,
+            original=perplexities.get("ppl_original"),
+            title=f"{self.step.name} of {self.source.path.name}",
+            draws=drawing,
+        )
+
+    def _measure(self, checkpoint: Checkpoint, what: str) -> tuple[float, Fingerprint]:
+        return measure(
+            checkpoint,
+            self.text.batches,
+            self.runtime,
+            spill_dir=self.target.partial,
+            title=f"heal: {what}",
+        )
 
     def _parameters(self, model: TrainingModel, moved: Trained) -> list[nn.Parameter]:
         settings: Any = self.step.settings
@@ -274,13 +278,13 @@ def _check(source: Checkpoint, step: Step) -> None:
         )
 
 
-def _recovered(original: float | None, history: History, healed: float) -> dict[str, float]:
-    """Perplexities of the held-out text, and the share of what was lost that came back."""
-    before = history.heldout(0)["heldout_ppl"]
+def _perplexities(summary: dict[str, Any], history: History) -> dict[str, float]:
+    """Those of the held-out text, and the share of what was lost that came back."""
+    before, healed = history.heldout(0)["heldout_ppl"], summary["ppl_healed"]
     found = {"ppl_unhealed": before, "ppl_healed": healed}
-    if original is None:
+    if (original := summary.get("ppl_original")) is None:
         return found
     found = {"ppl_original": original, **found}
     if before > original:
-        found["recovered"] = log(before / healed) / log(before / original)
+        found["recovered"] = natural(before / healed) / natural(before / original)
     return found

@@ -1,11 +1,34 @@
-"""How training went, as a picture. Needs matplotlib, which only this and plots.py import."""
+"""How training went, as a table, and as a picture, for which it needs matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from compresso.errors import ResourceError
+from compresso.report import TRAINING_PICTURE, TRAINING_TABLE, rows_to_csv
 from compresso.training.options import History
+
+
+def write_training(
+    history: History, directory: Path, *, original: float | None, title: str, draws: bool
+) -> dict[str, str]:
+    """Write the table of all steps, and the picture if asked; what was written -> file name.
+
+    original: as for `draw_training`. Raises ResourceError if the disk is full or read-only.
+    """
+    files = {"training": TRAINING_TABLE}
+    try:
+        (directory / TRAINING_TABLE).write_text(rows_to_csv(history.rows), encoding="utf-8")
+        if draws:
+            draw_training(history, directory / TRAINING_PICTURE, original=original, title=title)
+            files["plot"] = TRAINING_PICTURE
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write `{directory / TRAINING_TABLE}`: {error.strerror}",
+            hint="make room, or give access, and run the same command again",
+        ) from error
+    return files
 
 
 def draw_training(history: History, path: Path, *, original: float | None, title: str) -> None:

@@ -161,7 +161,7 @@ class _Training:
             self._stale += 1
             if self._options.patience and self._stale >= self._options.patience:
                 history.ended = "no further gain"
-        log(_line(title, step, measured, history))
+        log(_line(title, history))
 
     def _copy(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._share.parameters]
@@ -190,14 +190,17 @@ class _Training:
             setattr(self._history, name, value)
 
 
-def _line(title: str, step: int, measured: dict[str, float], history: History) -> str:
-    """What is said of a measurement."""
-    said = [f"held-out loss {measured['heldout_loss']:.4f}"]
-    if "heldout_ppl" in measured:
-        said.append(f"perplexity {measured['heldout_ppl']:.4g}")
+def _line(title: str, history: History) -> str:
+    """What is said of the last measurement."""
+    row, first = history.rows[-1], history.rows[0]
+    said = [f"loss {row['loss']:.4f}"] if "loss" in row else []
+    said.append(f"held out {row['heldout_loss']:.4f}")
+    if "heldout_ppl" in row:
+        before = "" if row is first else f" (at first {first['heldout_ppl']:.4g})"
+        said.append(f"perplexity {row['heldout_ppl']:.4g}{before}")
     if history.seconds:
         said.append(f"{history.tokens_per_second:,.0f} tokens/s")
-    return f"{title}: after step {step}: {', '.join(said)}"
+    return f"{title}: after step {row['step']}: {', '.join(said)}"
 
 
 def _diverged(history: History, steps: int) -> NumericalError:

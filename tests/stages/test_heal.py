@@ -33,6 +33,8 @@ from compresso.stages import heal_memory
 from compresso.stages.heal_choice import Trained, beside_removed, draw, trained
 from compresso.stages.heal_memory import Load, needed
 from compresso.stages.heal_text import followed
+from compresso.stages.training_plot import write_training
+from compresso.training.options import History
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
 LINEAR = "_proj.weight"
@@ -285,7 +287,7 @@ def test_a_local_text_keeps_its_end_back(tmp_path):
 
 def test_what_is_said(tmp_path):
     source = pruned(tmp_path, [2])
-    report, _ = heal(source, tmp_path / "out", "full", plot=True, steps=5)
+    report, healed = heal(source, tmp_path / "out", "full", plot=True, steps=5)
     summary, rows = report.summary, report.rows
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
     with (tmp_path / "out" / report.files["training"]).open() as file:
@@ -300,6 +302,10 @@ def test_what_is_said(tmp_path):
     assert summary["tokens_per_second"] > 0
     assert read_record(tmp_path / "out")["step"]["method"] == "full"
     assert not (tmp_path / "out" / "work").exists()
+    run("quantize", healed, tmp_path / "next", method="rtn", bits=8, group_size=32)
+    assert not list((tmp_path / "next").glob("training.*"))
+    with pytest.raises(ResourceError, match="cannot write"):
+        write_training(History(), tmp_path / "no", original=None, title="", draws=False)
 
 
 def test_an_original_that_is_gone_is_a_warning_where_it_is_not_needed(tmp_path):
