@@ -199,8 +199,8 @@ def test_interrupt_says_how_to_go_on(model, text, tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from compresso.checkpoint.writer import CheckpointWriter as Writer\n"
         "commit = Writer.commit\n"
-        "def stopped(self, part, *rest):\n"
-        "    commit(self, part, *rest)\n"
+        "def stopped(self, part, *rest, **beside):\n"
+        "    commit(self, part, *rest, **beside)\n"
         "    if part == 1: os.kill(os.getpid(), signal.SIGINT)\n"
         "Writer.commit = stopped\n"
         "from compresso.__main__ import main\n"

@@ -452,8 +452,8 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
 from compresso.checkpoint.writer import CheckpointWriter
 commit = CheckpointWriter.commit
-def stopped(self, part, tensors, report):
-    commit(self, part, tensors, report)
+def stopped(self, part, tensors, report, **beside):
+    commit(self, part, tensors, report, **beside)
     if part == 1:
         os.kill(os.getpid(), signal.{name})
 CheckpointWriter.commit = stopped

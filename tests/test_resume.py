@@ -16,8 +16,8 @@ from compresso.checkpoint import writer
 point, part, *sys.argv = sys.argv[1:]
 commit, replace = writer.CheckpointWriter.commit, os.replace
 
-def killed_after(self, number, tensors, report):
-    commit(self, number, tensors, report)
+def killed_after(self, number, tensors, report, **beside):
+    commit(self, number, tensors, report, **beside)
     if number == int(part):
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -152,7 +152,7 @@ def test_a_failed_proof_publishes_nothing(model, calibration, runtime, tmp_path,
 def test_a_wrong_weight_fails_the_proof(model, calibration, runtime, tmp_path, monkeypatch):
     commit = CheckpointWriter.commit
 
-    def damaged(self, part, tensors, report):
+    def damaged(self, part, tensors, report, **beside):
         commit(self, part, {name: tensor * 1.5 for name, tensor in tensors.items()}, report)
 
     monkeypatch.setattr(CheckpointWriter, "commit", damaged)
@@ -177,10 +177,10 @@ def test_the_proof_is_told_what_it_needs(model, calibration, runtime, tmp_path, 
 def test_interrupted_work_is_kept(model, calibration, runtime, tmp_path, monkeypatch):
     commit = CheckpointWriter.commit
 
-    def interrupted(self, part, tensors, report):
+    def interrupted(self, part, tensors, report, **beside):
         if part == 2:
             raise KeyboardInterrupt
-        commit(self, part, tensors, report)
+        commit(self, part, tensors, report, **beside)
 
     target = tmp_path / "out"
     monkeypatch.setattr(CheckpointWriter, "commit", interrupted)

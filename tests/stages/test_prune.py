@@ -255,11 +255,11 @@ def test_a_restarted_run_measures_and_writes_nothing_twice(tmp_path, monkeypatch
     step = make_step("prune", {"method": "shortgpt", "blocks": 2}, where="test")
     commit, left = CheckpointWriter.commit, [3]
 
-    def commit_some(self, part, tensors, report):
+    def commit_some(self, part, tensors, report, **beside):
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        commit(self, part, tensors, report)
+        commit(self, part, tensors, report, **beside)
 
     monkeypatch.setattr(CheckpointWriter, "commit", commit_some)
     writer = CheckpointWriter(tmp_path / "out", key="test", parts=BLOCKS + 1)

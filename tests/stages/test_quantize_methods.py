@@ -128,8 +128,8 @@ def test_a_stopped_run_ends_in_the_same_bytes(model, tmp_path, name, monkeypatch
     whole = run(model, tmp_path / "whole", name, **METHODS[name])
     commit = CheckpointWriter.commit
 
-    def stopped(self, part, tensors, report):
-        commit(self, part, tensors, report)
+    def stopped(self, part, tensors, report, **beside):
+        commit(self, part, tensors, report, **beside)
         if part == 0:
             raise RuntimeError("stopped")
 

@@ -136,8 +136,8 @@ def test_the_original_model_is_followed(method, stopped, tmp_path, monkeypatch):
         make(self, *arguments)
         followed.append(self)
 
-    def stop(self, part, tensors, report):
-        commit(self, part, tensors, report)
+    def stop(self, part, tensors, report, **beside):
+        commit(self, part, tensors, report, **beside)
         if part == stopped:
             raise RuntimeError("stopped")
 
