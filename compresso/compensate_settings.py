@@ -18,6 +18,18 @@ ByFisher = Annotated[
 Turns = Annotated[
     int, limit(ge=1, description="Most turns of factors and codes; the best one is kept.")
 ]
+Hidden = Annotated[
+    float,
+    limit(
+        ge=0,
+        description="What the squared difference of the states that the head reads counts in the"
+        " loss.",
+    ),
+]
+Divergence = Annotated[
+    float,
+    limit(ge=0, description="What the divergence of the original's scores counts in the loss."),
+]
 
 
 @settings
@@ -112,15 +124,16 @@ class LoftqSettings(CompensateSettings):
 
 @settings
 class RilqSettings(MergeableSettings):
-    """Corrections trained together on the states that the original's head reads."""
+    """Corrections trained together on what the whole model says beside the original."""
 
     rank: Rank = DEFAULT_RANK
     start: Annotated[
-        Literal["gaussian", "eora"],
+        Literal["auto", "gaussian", "eora"],
         limit(
-            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`."
+            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`;"
+            " `auto`: the latter where it can be."
         ),
-    ] = "gaussian"
+    ] = "auto"
     pooled: Annotated[
         bool,
         limit(
@@ -128,10 +141,11 @@ class RilqSettings(MergeableSettings):
             " into zero points: no adapter is left."
         ),
     ] = False
+    hidden: Hidden = 1.0
+    divergence: Divergence = 1.0
     next_token: Annotated[
-        float,
-        limit(ge=0, lt=1, description="What the next token counts; the original counts the rest."),
-    ] = 0.5
+        float, limit(ge=0, description="What the error of the next token counts in the loss.")
+    ] = 0.0
     steps: Annotated[int, limit(ge=1, description="Steps of the optimizer, at most.")] = 300
     sequences: Annotated[int, limit(ge=1, description="Sequences per step of the optimizer.")] = 8
     rate: Annotated[float, limit(gt=0, description="Largest learning rate.")] = 1e-3
@@ -168,7 +182,15 @@ class RilqSettings(MergeableSettings):
     ] = None
     seed: Annotated[int, limit(ge=0, description="Seed of every random choice.")] = 0
 
+    @checked
+    def _check(self) -> Self:
+        if not (self.hidden or self.divergence):
+            raise ValueError("`hidden` or `divergence` must count something")
+        return self
+
 
 @settings
 class LrecSettings(RilqSettings):
-    """The same, trained on the original's scores of the next token."""
+    """The same, trained on the original's scores of the next token alone."""
+
+    hidden: Hidden = 0.0

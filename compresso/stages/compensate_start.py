@@ -9,6 +9,7 @@ from compresso.calibration.following import Following
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
+from compresso.compensate_settings import RilqSettings
 from compresso.errors import ConfigError
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, track
@@ -17,6 +18,13 @@ from compresso.stages.compensate_work import Work
 from compresso.stages.pair import Pair
 
 START = "start"
+
+
+def begins_with_eora(source: Checkpoint, settings: RilqSettings) -> bool:
+    """Whether training begins with what `eora` finds; if nobody says, wherever it can."""
+    if settings.start == "auto":
+        return not (settings.pooled or structure_of(source.config).shared)
+    return settings.start == "eora"
 
 
 def check_start(source: Checkpoint) -> None:

@@ -23,7 +23,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.compensate_plan import check_no_adapter
 from compresso.stages.compensate_pooled import groups_of, write_pooled
-from compresso.stages.compensate_start import check_start, eora_start
+from compresso.stages.compensate_start import begins_with_eora, check_start, eora_start
 from compresso.stages.compensate_summary import recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_measure import measure
@@ -52,10 +52,10 @@ def rilq(
 ) -> Report:
     """Train a correction of every linear on what the whole model says beside its original.
 
-    What is made small is the squared difference of the states that the head reads and the error of
-    the next token (`rilq`), or the divergence of the scores and that error (`lrec`). A share of the
-    sequences is held out: the corrections with the least held-out loss are what is written. A
-    restarted run goes on from the last state that was kept.
+    What is made small is the squared difference of the states that the head reads and the
+    divergence of the scores (`rilq`), or that divergence alone (`lrec`). A share of the sequences is
+    held out: the corrections with the least held-out loss are what is written. A restarted run goes
+    on from the last state that was kept.
 
     Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
     parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of
@@ -65,8 +65,9 @@ def rilq(
     Peak memory: the whole model, the corrections five times in float32, and what the sequences run
     at once leave behind in all blocks; the original one block at a time, unless it is resident.
 
-    Source: Lee et al., arXiv:2412.01129 (RILQ); Chai et al., arXiv:2306.08162 (INT2.1), of whose
-    loss no more is told.
+    Source: Lee et al., arXiv:2412.01129 (RILQ), who take the error of the next token in place of
+    the divergence: of little text that is learnt by heart, and the states go astray. Chai et al.,
+    arXiv:2306.08162 (INT2.1), of whose loss no more is told.
     """
     assert calibration is not None
     work = _Work(source, step, _split(calibration, step.settings), target, runtime)
@@ -168,17 +169,19 @@ class _Work:
 
     def _shares(self) -> Shares:
         """What the parts of the loss count."""
-        own = self.step.settings.next_token
-        if self.step.method == "lrec":
-            return Shares(next_token=own, divergence=1 - own)
-        return Shares(next_token=own, hidden=1 - own)
+        settings = self.step.settings
+        return Shares(
+            next_token=settings.next_token,
+            divergence=settings.divergence,
+            hidden=settings.hidden,
+        )
 
     def _corrections(
         self, model: TrainingModel, kinds: list[_Kind], original: Checkpoint
     ) -> list[nn.Parameter]:
         settings = self.step.settings
         start = None
-        if settings.start == "eora":
+        if begins_with_eora(self.source, settings):
             start = eora_start(
                 self.source,
                 original,
