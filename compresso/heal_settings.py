@@ -99,8 +99,8 @@ class HealSettings:
 
     @checked
     def _check_distill(self) -> Self:
-        scores = {"temperature": 1.0, "top": None}
-        unread = {"teacher": "auto", "distill_weight": 0.5} | scores
+        scores: dict[str, object] = {"temperature": 1.0, "top": None}
+        unread: dict[str, object] = {"teacher": "auto", "distill_weight": 0.5} | scores
         if self.distill != "none":
             unread = scores if self.distill == "hidden" else {}
         for name, default in unread.items():
