@@ -97,6 +97,17 @@ class HealSettings:
             raise ValueError("give only one of `steps`, `tokens`")
         return self
 
+    @checked
+    def _check_distill(self) -> Self:
+        scores: dict[str, object] = {"temperature": 1.0, "top": None}
+        unread: dict[str, object] = {"teacher": "auto", "distill_weight": 0.5} | scores
+        if self.distill != "none":
+            unread = scores if self.distill == "hidden" else {}
+        for name, default in unread.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` does nothing with `distill` {self.distill}")
+        return self
+
 
 @settings
 class LoraSettings(HealSettings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from math import log as natural
 from typing import Any
 
@@ -12,36 +11,27 @@ from torch import nn
 from compresso.calibration.data import Calibration
 from compresso.calibration.generated import Author
 from compresso.calibration.opening import open_adapter
-from compresso.checkpoint.changed import ChangedCheckpoint
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import WORK, CheckpointWriter
-from compresso.errors import ConfigError
-from compresso.heal_settings import DEFAULT_STEPS
-from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, log
 from compresso.stages.compensate_summary import told
-from compresso.stages.heal_choice import Trained, draw, trained
+from compresso.stages.heal_choice import Trained, draw
 from compresso.stages.heal_measure import measure
-from compresso.stages.heal_memory import Load, decide_checkpointing
 from compresso.stages.heal_output import Output, of_corrections, write_output
+from compresso.stages.heal_plan import Plan, make_plan
 from compresso.stages.heal_text import Text, find_original, load_text, open_objective
 from compresso.stages.plots import wants_plot
 from compresso.stages.training_plot import write_training
-from compresso.stages.whole_model import training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.options import History, TrainOptions
 from compresso.training.processes import Processes, join
 
 MANY_EPOCHS = 8
-# Largest learning rates, where the user names none.
-RATES = {"lora": 1e-3, "qlora": 1e-3, "norms": 1e-3}
-RATE_OF_WEIGHTS = 1e-4
-WORTH_COMPILING = 200  # steps
 
 
 def heal(
@@ -70,10 +60,11 @@ def heal(
     with processes.first_alone():
         author = Author(original or source, runtime, target.target.parent)
         text = load_text(calibration, step, source, author)
+    plan = make_plan(source, step, text, runtime, processes)
     work = _Work(source, step, text, target, runtime, report)
     if processes.first:
         work.measure_original(original)
-    history, output = work.train(original, processes)
+    history, output = work.train(plan, original, processes)
     if processes.first:
         work.write(output)
         work.tell(history, drawing=drawing)
@@ -91,17 +82,13 @@ class _Work:
     runtime: Runtime
     report: Report
 
-    def train(self, original: Checkpoint | None, processes: Processes) -> tuple[History, Output]:
+    def train(
+        self, plan: Plan, original: Checkpoint | None, processes: Processes
+    ) -> tuple[History, Output]:
         """What training came to, and what of it is to be written."""
-        source, step = self.source, self.step
-        _check(source, step)
-        # Corrections that are there already are trained on, so weights come without them.
-        base = ChangedCheckpoint(source) if source.adapter is not None else source
-        adapter = open_adapter(base, self.runtime, dtype=training_dtype(source, self.runtime))
-        moved = trained(adapter, source, step)
-        options = self._options(adapter, moved, processes)
+        source, step, moved = self.source, self.step, plan.moved
         directory = self.target.partial / WORK
-        model = TrainingModel(adapter, base, packed=step.method == "qlora")
+        model = TrainingModel(plan.adapter, plan.source, packed=plan.packed)
         teaching = open_objective(source, original, step, self.text, directory, self.runtime)
         with teaching as objective, model:
             history = train(
@@ -110,13 +97,13 @@ class _Work:
                 objective,
                 self.text.data,
                 self.text.heldout,
-                options,
+                plan.options,
                 store=KeptState(directory, writes=processes.first),
                 choose=self._draws(moved),
                 processes=processes,
                 title="heal",
             )
-            self._sum_up(moved, model, history, options)
+            self._sum_up(moved, model, history, plan.options)
             if not moved.linears:
                 return history, Output(model.trained_tensors())
             merge = not source.packed and step.settings.merge is not False
@@ -194,37 +181,6 @@ class _Work:
 
         return choose
 
-    def _options(self, adapter: ModelAdapter, moved: Trained, processes: Processes) -> TrainOptions:
-        settings: Any = self.step.settings
-        per_step = settings.sequences * self.text.data.shape[1]
-        steps = settings.steps or DEFAULT_STEPS
-        if settings.tokens is not None:
-            steps = max(1, settings.tokens // per_step)
-        load = Load(
-            sequences=min(self.text.micro, settings.sequences),
-            length=self.text.data.shape[1],
-            rank=getattr(settings, "rank", 0),
-            packed=self.step.method == "qlora",
-            processes=processes.count,
-            sharded=processes.sharded,
-        )
-        again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
-        return TrainOptions(
-            steps=steps,
-            sequences=settings.sequences,
-            micro=load.sequences,
-            rate=settings.rate or RATES.get(self.step.method, RATE_OF_WEIGHTS),
-            warmup=ceil(settings.warmup * steps),
-            schedule=settings.schedule,
-            weight_decay=settings.weight_decay,
-            clip=settings.clip,
-            evaluate_every=settings.evaluate_every,
-            patience=settings.patience,
-            seed=settings.seed,
-            checkpointing=again,
-            compile=_compiles(settings.compile, adapter, steps, packed=load.packed),
-        )
-
     def _sum_up(
         self, moved: Trained, model: TrainingModel, history: History, options: TrainOptions
     ) -> None:
@@ -233,6 +189,7 @@ class _Work:
         found = told(history, model, options, len(self.text.data))
         report.summary |= found
         report.summary |= {
+            "rate": options.rate,
             "blocks_run_again": options.checkpointing,
             "compiled": options.compile,
         }
@@ -250,32 +207,6 @@ class _Work:
             )
         if not history.best_step:
             report.warnings.append("training never lowered the held-out loss: nothing has changed")
-
-
-def _compiles(asked: str, adapter: ModelAdapter, steps: int, *, packed: bool) -> bool:
-    """Whether blocks are compiled.
-
-    "auto" does so on a GPU, for as many steps as make up for the minutes it takes. On a CPU it was
-    measured to gain 5 % for corrections and nothing for weights. Codes are decoded by code that
-    the compiler cannot follow.
-    """
-    if asked != "auto":
-        return asked == "on"
-    return adapter.device.type == "cuda" and steps >= WORTH_COMPILING and not packed
-
-
-def _check(source: Checkpoint, step: Step) -> None:
-    settings: Any = step.settings
-    if step.method == "qlora" and not source.packed:
-        raise ConfigError(
-            f"`qlora` trains beside codes, but the weights of `{source.path}` are dense",
-            hint="quantize first, or use `--method lora`",
-        )
-    if getattr(settings, "merge", None) and source.packed:
-        raise ConfigError(
-            f"corrections cannot be merged into the codes of `{source.path}`",
-            hint="leave out `--merge`: they become an adapter",
-        )
 
 
 def _perplexities(summary: dict[str, Any], history: History) -> dict[str, float]:

@@ -244,6 +244,9 @@ def test_what_does_not_fit_together_is_refused(checkpoints, tmp_path):
             heal(source, tmp_path / "out", name, **{count: 7})
     with pytest.raises(ConfigError, match="give only one of"):
         heal(source, tmp_path / "out", "lora", tokens=5)
+    for values in ({"top": 4}, {"teacher": "disk"}, {"distill": "hidden", "temperature": 2.0}):
+        with pytest.raises(ConfigError, match="does nothing with `distill`"):
+            heal(source, tmp_path / "out", "lora", **values)
     half = make_runtime(RuntimeSettings(dtype="float16", device="cpu"))
     with pytest.raises(ConfigError, match="gradients do not fit float16"):
         heal(source, tmp_path / "out", "lora", runtime=half)
