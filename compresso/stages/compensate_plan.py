@@ -51,8 +51,9 @@ def make_plan(
     _check_form(source, settings, within=within)
     pair = Pair.open(source, original, runtime)
     blocks = list(range(pair.adapter.count))
-    if not settings.matched and not source.packed:
-        blocks = [block for block in blocks if pair.differs(block)]
+    changed = blocks if source.packed else [block for block in blocks if pair.differs(block)]
+    if not settings.matched:
+        blocks = changed
     if not blocks:
         raise ConfigError(
             f"every linear of `{source.path}` has the weight that it has in the original",
@@ -67,7 +68,11 @@ def make_plan(
     shapes = _shapes(pair, blocks)
     ranks = None
     if settings.size is None:
-        rank = settings.rank or DEFAULT_RANK
+        # Where no weight was changed, corrections only make up for blocks that are gone, and merged
+        # they are the better the higher their rank; elsewhere that would give back the original.
+        highest = max(max(shape) for shape in shapes.values())
+        free = isinstance(form, Merged) and not changed
+        rank = settings.rank or (highest if free else DEFAULT_RANK)
         ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
     return Plan(pair, [form] * pair.adapter.count, shapes, ranks, budget)
 

@@ -149,7 +149,8 @@ def test_matching_makes_up_for_earlier_losses(home, model, tmp_path):
 def test_pruned_models_make_up_for_what_is_gone(home, model, tmp_path, drop):
     """By what lies between, and merged: it loads wherever it did."""
     source = run(home, model, tmp_path / "base", "prune", "manual", drop=drop).path
-    found = run(home, source, tmp_path / "out", "compensate", "eora", rank=64, match=1.0)
+    found = run(home, source, tmp_path / "out", "compensate", "eora")
+    assert all(row["rank"] in (32, 64) for row in rows(found).values())
     assert found.config == Checkpoint(source).config and found.adapter is None
     assert found.stored_bytes == Checkpoint(source).stored_bytes
     assert lost(found.path, model) < 0.8 * lost(source, model)
