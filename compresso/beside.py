@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compresso.checkpoint.adapter_folder import write_adapter
+from compresso.checkpoint.directory import ADAPTER
+from compresso.checkpoint.layout import METHOD
+from compresso.checkpoint.packings import method_of
 from compresso.checkpoint.reader import Checkpoint
-from compresso.kernels.lowrank import LowRank
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
 from compresso.models.structure import MODELING_FILES, needs_code
+from compresso.report import TRAINING_PICTURE, TRAINING_TABLE, Report
 from compresso.runtime import Runtime
 
 ROWS = "compresso-report.csv"
+ENTRY = "quantization_config"
 
 
 def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
@@ -24,7 +27,7 @@ def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
     """
     carried = source.side_files()
     own = {file.name: file for file in MODELING_FILES}
-    for name in (ROWS, *own):
+    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, *own):
         carried.pop(name, None)
     if needs_code(config):
         carried |= own
@@ -32,14 +35,17 @@ def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
 
 
 def put_adapter(
-    written: Checkpoint, factors: Mapping[str, LowRank], target: Path, runtime: Runtime
-) -> str | None:
-    """Put corrections beside a checkpoint, and say what their key is.
+    written: Checkpoint, report: Report, target: Path, runtime: Runtime
+) -> dict[str, str]:
+    """Put a report's corrections beside the checkpoint that it is of.
 
-    factors: by the linear's path in the checkpoint, exact in its type. target: where it will be.
+    target: where the checkpoint will be.
 
-    Returns None if there are none. Raises as `write_adapter`.
+    Returns what its record has to say of them, nothing if there are none. Raises as
+    `write_adapter`.
     """
+    if not report.adapter:
+        return {}
     adapter = ModelAdapter.open(
         written,
         dtype=written.dtype,
@@ -48,11 +54,18 @@ def put_adapter(
     )
     write_adapter(
         written.path,
-        factors,
+        report.adapter,
         modules=linear_modules(adapter.model, adapter.family, written),
         base=target,
         dtype=written.dtype,
         fan_in_fan_out=adapter.family.transposed and not written.packed,
     )
     found = Checkpoint(written.path).adapter
-    return found.key if found else None
+    if found is None:
+        return {}
+    if method_of(written.config) == METHOD and not written.config[ENTRY].get("dequantize"):
+        report.warnings.append(
+            "PEFT can put the adapter on only after the loaded model has run once, on any token:"
+            " with codes of several widths, its weights come with the first forward pass"
+        )
+    return {ADAPTER: found.key}

@@ -18,7 +18,7 @@ from compresso.listing import TOPICS
 from compresso.options import option_name, runtime_parameters, sort_runtime, with_options
 from compresso.recipe import load_recipe, locate
 from compresso.report import show_report, show_rows
-from compresso.runtime import log
+from compresso.runtime import launched, log
 from compresso.settings import RuntimeSettings
 from compresso.workspace import RUNS
 
@@ -107,6 +107,8 @@ def run(
     directory = output or RUNS / recipe.stem
     runtime = make_runtime(settings)
     outcomes = run_recipe(located, directory, runtime, fresh=fresh, keep_last=keep_last)
+    if launched().index:  # one process speaks for all
+        return
     evaluations = [outcome for outcome in outcomes if outcome.step.stage == "eval"]
     if evaluations and evaluations[-1] is not outcomes[-1]:
         show_report(evaluations[-1].report, evaluations[-1].step.name)

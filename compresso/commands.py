@@ -15,7 +15,7 @@ from compresso.config import build
 from compresso.errors import ConfigError, ResourceError
 from compresso.options import flag, sort_options, stage_parameters, with_options
 from compresso.recipe import Recipe, Step, dump_recipe, make_step
-from compresso.runtime import log
+from compresso.runtime import launched, log
 from compresso.settings import CalibrationSettings, RuntimeSettings
 from compresso.workspace import REFERENCE, newest_checkpoint, next_target
 
@@ -120,6 +120,8 @@ def stage_command(stage: str) -> Callable[..., None]:
             typer.echo(save_recipe)
         else:
             outcome = run_request(request, fresh=fresh)
+            if launched().index:  # one process speaks for all
+                return
             if as_json:
                 print_json([outcome])
             else:
@@ -169,6 +171,8 @@ def run_request(request: Request, *, fresh: bool) -> Outcome:
     from compresso.run import run_step
     from compresso.runtime import make_runtime
 
+    if request.output is None and launched().count > 1:
+        raise ConfigError("several processes need to be told where to write", hint="pass `-o`")
     runtime = make_runtime(request.runtime)
     source = open_checkpoint(request.model)
     target = request.output or next_target(request.step.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from compresso.config import checked, limit, settings
 
@@ -113,12 +113,63 @@ class LoftqSettings(CompensateSettings):
 
 @settings
 class RilqSettings(MergeableSettings):
-    """Corrections trained together on what the whole model says."""
+    """Corrections trained together on the states that the original's head reads."""
 
     rank: Rank = DEFAULT_RANK
+    start: Annotated[
+        Literal["gaussian", "eora"],
+        limit(
+            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`."
+        ),
+    ] = "gaussian"
+    pooled: Annotated[
+        bool,
+        limit(
+            description="Let corrections see sums over quantization groups, so that they are merged"
+            " into zero points: no adapter is left."
+        ),
+    ] = False
+    next_token: Annotated[
+        float,
+        limit(ge=0, lt=1, description="What the next token counts; the original counts the rest."),
+    ] = 0.5
+    steps: Annotated[int, limit(ge=1, description="Steps of the optimizer, at most.")] = 300
+    sequences: Annotated[int, limit(ge=1, description="Sequences per step of the optimizer.")] = 8
+    rate: Annotated[float, limit(gt=0, description="Largest learning rate.")] = 1e-3
+    warmup: Annotated[
+        float, limit(ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    ] = 0.05
+    schedule: Annotated[
+        Literal["cosine", "constant"], limit(description="What the rate does afterwards.")
+    ] = "cosine"
+    heldout_share: Annotated[
+        float, limit(gt=0, lt=1, description="Share of the sequences that is not learnt from.")
+    ] = 0.2
+    evaluate_every: Annotated[
+        int, limit(ge=1, description="Steps between measurements of those held out.")
+    ] = 25
+    patience: Annotated[
+        int,
+        limit(ge=0, description="Measurements without a gain that end training; 0 for never."),
+    ] = 5
+    teacher: Annotated[
+        Literal["auto", "disk", "resident"],
+        limit(description="Where the original is: asked once and written to disk, or in memory."),
+    ] = "auto"
+    checkpointing: Annotated[
+        Literal["auto", "on", "off"],
+        limit(
+            description="Run blocks again on the way back, to save memory; `auto` where memory is"
+            " short."
+        ),
+    ] = "auto"
+    plot: Annotated[
+        bool | None,
+        limit(description="Draw training as a .png; done if matplotlib is installed."),
+    ] = None
     seed: Annotated[int, limit(ge=0, description="Seed of every random choice.")] = 0
 
 
 @settings
 class LrecSettings(RilqSettings):
-    """The same, trained on the scores of the next token."""
+    """The same, trained on the original's scores of the next token."""

@@ -41,6 +41,7 @@ def _families() -> Rows:
 def _datasets() -> Rows:
     return [
         {"name": "stdlib", "is": "the Python standard library's source on this machine"},
+        {"name": "self", "is": "what the original of the model writes itself"},
         {"name": "wikitext2", "is": "Salesforce/wikitext, wikitext-2-raw-v1, from the hub"},
         {"name": "c4", "is": "the first English shards of allenai/c4, from the hub"},
         {"name": "PATH", "is": ".txt, .md, .py, .rst, .jsonl, .json, .parquet, or a directory"},

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from compresso.compensate_settings import (
-    EoraSettings,
-    LoftqSettings,
-    LqLoraSettings,
-    LrecSettings,
-    RilqSettings,
-)
 from compresso.depth_settings import (
     BlockPrunerSettings,
     ContiguousSettings,
@@ -26,15 +16,7 @@ from compresso.depth_settings import (
     TaylorSettings,
 )
 from compresso.fold_settings import FoldGptSettings, RecursiveSettings
-from compresso.heal_settings import (
-    FullSettings,
-    LastSettings,
-    LisaSettings,
-    LoraSettings,
-    NeighboursSettings,
-    NormsSettings,
-    QloraSettings,
-)
+from compresso.method import Method, Stage
 from compresso.quantize_settings import (
     AutoRoundSettings,
     DecompositionSettings,
@@ -47,46 +29,8 @@ from compresso.quantize_settings import (
     RsqSettings,
     RtnSettings,
 )
+from compresso.repair_methods import COMPENSATE, HEAL
 from compresso.settings import AnalyzeSettings, EvalSettings
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to do a stage.
-
-    settings:   its record.
-    code:       "module:function" of its formula, or of what applies that.
-    follows:    paper or specification.
-    calibrated: whether it reads calibration text.
-    packed_as:  the layout of the linears it quantizes, if it does.
-    """
-
-    settings: type
-    code: str
-    follows: str
-    calibrated: bool
-    packed_as: Literal["compressed-tensors", "coded", "bitsandbytes"] = "compressed-tensors"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One thing that can be done to a checkpoint.
-
-    code:   "module:function".
-    takes:  the kind of weights it reads. leaves: the kind it writes (`same`: what it read),
-            or None if it writes none.
-    methods: the first is the default.
-    copies:  whether it copies stored tensors, so that an adapter beside them would be lost.
-    presets: name -> method and settings.
-    """
-
-    code: str
-    takes: Literal["dense", "any"]
-    leaves: Literal["dense", "quantized", "same"] | None
-    methods: dict[str, Method]
-    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    copies: bool = False
-
 
 STAGES = {
     "analyze": Stage(
@@ -270,95 +214,11 @@ STAGES = {
         presets={
             "fast": {"method": "rtn"},
             "default": {"method": "gptq"},
-            "best": {"method": "gptq", "match": 0.5},
+            "best": {"method": "gptq+higgs", "match_share": 1.0},
         },
     ),
-    "compensate": Stage(
-        "compresso.stages.compensate:compensate",
-        takes="any",
-        leaves="same",
-        methods={
-            "eora": Method(
-                EoraSettings,
-                "compresso.kernels.lowrank:truncate",
-                "arXiv:2410.21271",
-                calibrated=True,
-            ),
-            "lq-lora": Method(
-                LqLoraSettings,
-                "compresso.kernels.decomposition:decompose",
-                "arXiv:2311.12023",
-                calibrated=True,
-            ),
-            "loftq": Method(
-                LoftqSettings,
-                "compresso.kernels.decomposition:decompose",
-                "arXiv:2310.08659",
-                calibrated=False,
-            ),
-            "rilq": Method(
-                RilqSettings,
-                "compresso.stages.compensate_trained:rilq",
-                "arXiv:2412.01129",
-                calibrated=True,
-            ),
-            "lrec": Method(
-                LrecSettings,
-                "compresso.stages.compensate_trained:rilq",
-                "arXiv:2306.08162",
-                calibrated=True,
-            ),
-        },
-    ),
-    "heal": Stage(
-        "compresso.stages.heal:heal",
-        takes="any",
-        leaves="same",
-        methods={
-            "lora": Method(
-                LoraSettings,
-                "compresso.stages.heal:heal",
-                "arXiv:2106.09685",
-                calibrated=True,
-            ),
-            "qlora": Method(
-                QloraSettings,
-                "compresso.stages.heal:heal",
-                "arXiv:2305.14314",
-                calibrated=True,
-            ),
-            "full": Method(
-                FullSettings,
-                "compresso.stages.heal:heal",
-                "all weights",
-                calibrated=True,
-            ),
-            "last-k": Method(
-                LastSettings,
-                "compresso.stages.heal:heal",
-                "arXiv:2411.15558",
-                calibrated=True,
-            ),
-            "lisa": Method(
-                LisaSettings,
-                "compresso.stages.heal:heal",
-                "arXiv:2403.17919",
-                calibrated=True,
-            ),
-            "norms": Method(
-                NormsSettings,
-                "compresso.stages.heal:heal",
-                "arXiv:2312.15230",
-                calibrated=True,
-            ),
-            "neighbours": Method(
-                NeighboursSettings,
-                "compresso.stages.heal:heal",
-                "compresso's own",
-                calibrated=True,
-            ),
-        },
-    ),
+    "compensate": COMPENSATE,
+    "heal": HEAL,
     "eval": Stage(
         "compresso.stages.evaluate:evaluate",
         takes="any",

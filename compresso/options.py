@@ -143,20 +143,22 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
     own = dict.fromkeys(f for entry in methods.values() for f in fields(entry.settings))
     for field in [field for field in own if field not in calibration]:
         having = {name: m for name, m in methods.items() if field in fields(m.settings)}
-        first = next(iter(having.values())).settings
         note = "" if len(having) == len(methods) else f"Only for {_listed(list(having))}."
-        parameters.append(_parameter(first, field, note, "Method"))
+        records = {name: entry.settings for name, entry in having.items()}
+        parameters.append(_parameter(records, field, note, "Method"))
     if stage == "eval":
         parameters.append(_keyword("limits", Limits))
     for field in calibration:
-        parameters.append(_parameter(CalibrationSettings, field, "", "Calibration"))
+        parameters.append(_parameter({"": CalibrationSettings}, field, "", "Calibration"))
     return parameters + runtime_parameters()
 
 
 def runtime_parameters() -> list[inspect.Parameter]:
     """One parameter for every runtime setting; those that can do harm in a panel of their own."""
     return [
-        _parameter(RuntimeSettings, field, "", "Dangerous" if field in DANGEROUS else "Runtime")
+        _parameter(
+            {"": RuntimeSettings}, field, "", "Dangerous" if field in DANGEROUS else "Runtime"
+        )
         for field in fields(RuntimeSettings)
     ]
 
@@ -194,25 +196,36 @@ def _preset_parameter(presets: dict[str, dict[str, Any]]) -> inspect.Parameter:
     return _keyword("preset", Annotated[str | None, option])
 
 
-def _parameter(record: type, field: str, note: str, panel: str) -> inspect.Parameter:
-    """The option for one field of a settings class."""
+def _parameter(records: dict[str, type], field: str, note: str, panel: str) -> inspect.Parameter:
+    """The option for a field of settings classes, by method; described as the first does."""
+    record = next(iter(records.values()))
     description, default = describe(record, field)
     kind, choices = _plain_type(get_type_hints(record)[field])
-    shown: bool | str = False
     declared = FLAGS.get(field, flag(field))
     if kind is bool and default is not False and "/" not in declared:
         declared = f"{declared}/--no-{declared.removeprefix('--')}"
-    if default is not None and default != () and kind in (bool, int, float, str):
-        shown = str(default).lower() if kind is bool else str(default)
     option = typer.Option(
         declared,
         help=f"{description} {note}".strip(),
-        show_default=shown,
+        show_default=_defaults(records, field) or False,
         metavar="|".join(choices) or BLOCK_LISTS.get(field),
         rich_help_panel=panel,
     )
     read_as: Any = {tuple: list[str], list: list[str]}.get(kind, kind)
     return _keyword(field, Annotated[read_as | None, option])
+
+
+def _defaults(records: dict[str, type], field: str) -> str:
+    """The default of a field, and of which methods it is another; empty if it has none."""
+    methods: dict[str, list[str]] = {}
+    for method, record in records.items():
+        default = describe(record, field)[1]
+        if isinstance(default, bool | int | float | str):
+            word = str(default).lower() if isinstance(default, bool) else str(default)
+            methods.setdefault(word, []).append(method)
+    alike = len(methods) == 1 and [*records] == next(iter(methods.values()))
+    words = [word if alike else f"{word} for {_listed(methods[word])}" for word in methods]
+    return "; ".join(words)
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:

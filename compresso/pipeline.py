@@ -15,8 +15,9 @@ from compresso.preflight import check_source, original_key
 from compresso.provenance import history, lineage, read_record, step_key
 from compresso.recipe import Recipe, Step, dump_recipe
 from compresso.report import Report
-from compresso.run import Outcome, find_finished, key_of, load_data, run_new, settle
-from compresso.runtime import Runtime, log
+from compresso.run import Outcome, find_finished, key_of, run_new, settle
+from compresso.runtime import Runtime, launched, log
+from compresso.step_data import load_data, original_named
 
 RESOLVED = "compresso-recipe.yaml"
 
@@ -57,26 +58,28 @@ def run_recipe(
         check_source(place.step, original)
         if place.writes:
             break
-    data = _load_all(recipe, original, runtime)
+    data = _load_all(recipe, original, runtime, directory)
     _write_resolved(recipe, directory)
     outcomes = _find_whole_run(places, original, data, runtime)
     if outcomes is None:
         outcomes = _run_steps(places, original, data, runtime, fresh=fresh)
-    if keep_last:
+    if keep_last and launched().index == 0:
         _delete_intermediate(places, outcomes)
     return outcomes
 
 
-def _load_all(recipe: Recipe, original: Checkpoint, runtime: Runtime) -> list[Calibration | None]:
+def _load_all(
+    recipe: Recipe, original: Checkpoint, runtime: Runtime, directory: Path
+) -> list[Calibration | None]:
     """Each step's token batches. One tokenizer serves the whole run, so one reading does."""
     loaded: dict[Any, Calibration | None] = {}
     data = []
     for step in recipe.steps:
         evaluates = step.stage == "eval"
         calibrated = registry.method(step.stage, step.method).calibrated
-        read = step.settings if evaluates else calibrated
+        read = step.settings if evaluates else (calibrated, original_named(step))
         if read not in loaded:
-            loaded[read] = load_data(step, original, recipe.calibration, runtime)
+            loaded[read] = load_data(step, original, recipe.calibration, runtime, directory)
         data.append(loaded[read])
     return data
 

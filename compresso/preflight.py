@@ -83,7 +83,7 @@ def check_adapter(step: Step, source: Checkpoint) -> None:
     if registry.stage(step.stage).copies and source.adapter is not None:
         raise ConfigError(
             f"`{step.stage}` would lose the adapter beside the weights of `{source.path}`",
-            hint="pass a checkpoint whose corrections are in the weights (`merge`), or one without",
+            hint="make it again with `--merge`, so that the corrections are in the weights",
         )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from compresso.compensate_settings import DEFAULT_RANK, ByFisher, Rank, Turns
 from compresso.config import checked, limit, settings
+from compresso.target_settings import Amount, Target
 
 DEFAULT_BITS = 4
 POINT_BITS = 8  # of the largest vector grid's codes
@@ -22,7 +23,7 @@ ScaleBits = Annotated[
     Literal[8, 16],
     limit(
         description="Bits of a scale: 8 are parts of one scale per row, stored in compresso's own"
-        " layout. Of `nf4` 32, or 8 in its own form."
+        " layout. Those of `nf4` are float32, or 8 in its own form."
     ),
 ]
 Symmetric = Annotated[
@@ -66,6 +67,10 @@ Match = Annotated[
         " the blocks before; 0: not at all.",
     ),
 ]
+MatchShare = Annotated[
+    float,
+    limit(gt=0, le=1, description="Share of the calibration sequences that `match` compares on."),
+]
 Seed = Annotated[int, limit(ge=0, description="Seed of every random choice.")]
 
 
@@ -104,70 +109,6 @@ class UniformSettings(GroupedSettings):
 
 
 @settings
-class Amount:
-    """How large the output is to be, if its bits are chosen for that."""
-
-    target_bits: Annotated[
-        float | None,
-        limit(gt=0, description="Stored bits per quantized weight, scales and all, on average."),
-    ] = None
-    size: Annotated[
-        str | None, limit(description="Bytes that all of the output stores, such as `40MB`.")
-    ] = None
-
-    @checked
-    def _check_amount(self) -> Self:
-        if self.target_bits is not None and self.size is not None:
-            raise ValueError("give only one of `target_bits`, `size`")
-        if self.hits_target and getattr(self, "bits", None) is not None:
-            raise ValueError("give only one of `bits`, `target_bits`, `size`")
-        return self
-
-    @property
-    def hits_target(self) -> bool:
-        """Whether bits are chosen, not given."""
-        return self.target_bits is not None or self.size is not None
-
-
-@settings
-class Target(Amount):
-    """A size that the choice of bits for every input group is to hit."""
-
-    allocation: Annotated[
-        Literal["search", "dp", "lim", "zd", "uniform"],
-        limit(
-            description="How a target is hit: by the least sum of what groups lose alone (`dp`), by"
-            " a search on measured KL from there, by an order of blocks (`lim`: what they change,"
-            " `zd`: large weights), or all alike."
-        ),
-    ] = "dp"
-    predict: Annotated[
-        Literal["damage", "noise"],
-        limit(description="What a group is taken to lose: measured, or from its answer to noise."),
-    ] = "damage"
-    sensitivity_tokens: Annotated[
-        int, limit(ge=1, description="Tokens that every group is measured on.")
-    ] = 4096
-    score_tokens: Annotated[
-        int, limit(ge=1, description="Tokens that choices for a target are measured on.")
-    ] = 8192
-    generations: Annotated[int, limit(ge=0, description="Generations of a target's search.")] = 20
-    offspring: Annotated[int, limit(ge=1, description="Changed copies tried per generation.")] = 16
-    survivors: Annotated[
-        int, limit(ge=1, description="Of these, how many reach the second selection.")
-    ] = 4
-    first_tokens: Annotated[
-        int, limit(ge=1, description="Tokens of the first selection of a target's search.")
-    ] = 2048
-
-    @checked
-    def _check_target(self) -> Self:
-        if self.survivors > self.offspring:
-            raise ValueError("`survivors` cannot be more than `offspring`")
-        return self
-
-
-@settings
 class RtnSettings(UniformSettings, Target):
     """Rounding every weight to its nearest level. Needs no data."""
 
@@ -179,7 +120,8 @@ class FeedbackSettings:
     damping: Damping = 0.01
     act_order: ActOrder = True
     refine: Refine = 3
-    match: Match = 0.0
+    match: Match = 0.5
+    match_share: MatchShare = 0.5
 
 
 @settings
@@ -293,8 +235,8 @@ class Nf4Settings(LinearChoice):
         limit(description="Weights sharing one scale."),
     ] = 64
     scale_bits: Annotated[
-        Literal[8, 32], limit(description="Bits of a scale: 8 is double quantization.")
-    ] = 32
+        Literal[8] | None, limit(description="Bits of a scale: 8 is double quantization.")
+    ] = None
 
 
 @settings

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from compresso.kernels.lowrank import LowRank
 
 MOST_ROWS_SHOWN = 100
+# What a stage that trains writes beside its checkpoint, about that alone.
+TRAINING_TABLE, TRAINING_PICTURE = "training.csv", "training.png"
 # What an evaluation measures of each checkpoint: key, words, and how the value reads.
 EVALUATED = (
     ("size", "size", format_bytes),

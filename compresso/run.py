@@ -15,9 +15,8 @@ from typing import Any
 
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
-from compresso.calibration.data import Calibration, load_calibration, load_heldout
+from compresso.calibration.data import Calibration
 from compresso.calibration.replay import replay
-from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.packings import BITSANDBYTES, method_of
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
@@ -28,8 +27,10 @@ from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
-from compresso.runtime import Runtime, log, warn
+from compresso.runtime import Runtime, launched, log, warn
 from compresso.settings import CalibrationSettings
+from compresso.step_data import load_data
+from compresso.training.processes import Follower, Processes, join
 from compresso.workspace import check_output
 
 
@@ -62,39 +63,14 @@ def run_step(
     user stops it, and what the stage raises.
     """
     check_source(step, source)
-    data = load_data(step, source, calibration, runtime)
+    with join(runtime.device).first_alone():
+        data = load_data(step, source, calibration, runtime, target.parent)
     key = key_of(step, source, data, runtime)
     outcome = find_finished(step, target, key)
     if outcome is None:
         outcome = run_new(step, source, data, target, runtime, fresh=fresh)
     settle(outcome)
     return outcome
-
-
-def load_data(
-    step: Step, source: Checkpoint, calibration: CalibrationSettings, runtime: Runtime
-) -> Calibration | None:
-    """The token batches a step reads: calibration text, or for `eval` the held-out text."""
-    trust = runtime.trust_remote_code
-    if step.stage == "eval":
-        held_out = CalibrationSettings(
-            dataset=step.settings.dataset,
-            samples=step.settings.samples or CalibrationSettings.samples,
-            length=step.settings.length,
-            seed=step.settings.seed,
-        )
-        whole = step.settings.samples is None
-        data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust)
-    elif registry.method(step.stage, step.method).calibrated:
-        data = load_calibration(calibration, source, trust_remote_code=trust)
-    else:
-        return None
-    used = data.record
-    log(
-        f"{step.name}: {used['sequences_used']} sequences of {used['length']} tokens of"
-        f" `{used['dataset']}`, {used['split']}"
-    )
-    return data
 
 
 def key_of(step: Step, source: Checkpoint, data: Calibration | None, runtime: Runtime) -> str:
@@ -135,21 +111,47 @@ def run_new(
     *,
     fresh: bool,
 ) -> Outcome:
-    """Run a step whose `target` is free, and publish what it makes. It is not settled yet."""
+    """Run a step whose `target` is free, and publish what it makes. It is not settled yet.
+
+    Of several processes the first runs it, with the help of the others if they can share the work.
+    """
     check_room(step, source, target)
-    log(f"{step.name}: `{source.path}` -> `{target}`")
+    beside = " with its adapter" if source.adapter else ""
+    log(f"{step.name}: `{source.path}`{beside} -> `{target}`")
     work = _Work(step, source, data, runtime, key_of(step, source, data, runtime))
-    if registry.stage(step.stage).leaves is None:
+    stage, processes = registry.stage(step.stage), join(runtime.device)
+    processes.wait()  # until all have seen that there is nothing yet
+    if not processes.first:
+        return _follow(work, target, processes)
+    if stage.leaves is None:
         report = _write_report(work, target)
     else:
         with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
+            if stage.together:
+                processes.wait()
             report = _write_checkpoint(work, writer)
+    processes.wait()
     return Outcome(step, target, work.key, report, reused=False)
+
+
+def _follow(work: _Work, target: Path, processes: Processes) -> Outcome:
+    """Help the first process, or wait for it; what it came to."""
+    try:
+        if registry.stage(work.step.stage).together:
+            processes.wait()
+            work.run(Follower(target))
+        processes.wait()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+    outcome = find_finished(work.step, target, work.key)
+    assert outcome is not None
+    return outcome
 
 
 def settle(outcome: Outcome) -> None:
     """Show what a step measured, then hold it to its gates. Raises GateError if one fails."""
-    show_report(outcome.report, outcome.step.name)
+    if launched().index == 0:
+        show_report(outcome.report, outcome.step.name)
     for message in outcome.report.warnings:
         warn(message)
     check_gates(outcome.step.gates, outcome.report.summary, written=str(outcome.path))
@@ -163,7 +165,7 @@ class _Work:
     runtime: Runtime
     key: str
 
-    def run(self, target: CheckpointWriter | Path) -> Report:
+    def run(self, target: CheckpointWriter | Follower | Path) -> Report:
         stage = registry.load(registry.stage(self.step.stage).code)
         started = time.perf_counter()
         report: Report = stage(self.source, self.step, self.data, target, self.runtime)
@@ -188,14 +190,12 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
         files = side_files(work.source, report.config)
         writer.finalize(config=report.config, side_files=files, expected=report.expected)
-        found: dict[str, Any] = {}
-        if report.adapter:
-            written = Checkpoint(writer.partial)
-            found[ADAPTER] = put_adapter(written, report.adapter, writer.target, work.runtime)
+        written = Checkpoint(writer.partial)
+        adapter = put_adapter(written, report, writer.target, work.runtime)
         proof = _prove(work, writer.partial, report)
-        found |= {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | found)
+        writer.write_record(work.record(report) | adapter | proved)
         writer.publish()
     except GateError as error:
         raise GateError(

@@ -68,6 +68,41 @@ class Runtime:
         return torch.float32
 
 
+@dataclass(frozen=True)
+class Launched:
+    """How `accelerate launch` or `torchrun` started this process.
+
+    index: of this process. local: among those of this machine. count: of all. sharded: they are to
+    split what is trained among them (FSDP).
+    """
+
+    index: int = 0
+    local: int = 0
+    count: int = 1
+    sharded: bool = False
+
+
+def launched() -> Launched:
+    """How this process was started; alone, if neither launcher did it.
+
+    Raises ConfigError for a way of distribution that is not supported.
+    """
+    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Launched()
+    for way in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise ConfigError(
+                f"`accelerate launch` with {way} is not supported",
+                hint="use `--multi_gpu` or `--use_fsdp`",
+            )
+    return Launched(
+        index=int(os.environ["RANK"]),
+        local=int(os.environ.get("LOCAL_RANK", "0")),
+        count=int(os.environ["WORLD_SIZE"]),
+        sharded=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+    )
+
+
 def make_runtime(settings: RuntimeSettings) -> Runtime:
     """Choose the device and prepare PyTorch and its libraries for it.
 
@@ -106,8 +141,11 @@ def _return_freed_memory() -> None:
 def _device(name: str) -> torch.device:
     import torch
 
+    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not forced else "cpu"
+    if name == "cuda" and launched().count > 1:
+        name = f"cuda:{launched().local}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"unknown device `{name}`", hint="known: auto, cpu, cuda, cuda:N")
     device = torch.device(name)
@@ -178,8 +216,10 @@ def quiet_libraries() -> None:
 
     Takes effect on libraries that are imported later. Download bars stay on a terminal. Threads
     that wait let other programs have the core: spinning ones make a busy machine many times slower.
+    Large tensors are asked for in huge pages, as a large tensor is fresh memory each time.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
@@ -190,13 +230,15 @@ def quiet_libraries() -> None:
 
 
 def log(message: str) -> None:
-    """Tell the user something, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Tell the user something, on stderr; of several processes, the first does."""
+    if launched().index == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """Tell the user about something they may want to act on, on stderr."""
-    say("warning", message, style="yellow")
+    """Tell the user about something they may want to act on, likewise."""
+    if launched().index == 0:
+        say("warning", message, style="yellow")
 
 
 def say(kind: str, message: str, *, style: str) -> None:
@@ -211,7 +253,7 @@ def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
     A bar on a terminal; otherwise a line now and then, and one at the end.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
+    if console.is_terminal and launched().index == 0:
         yield from _bar(items, total, description, console)
     else:
         yield from _lines(items, total, description, time.monotonic)

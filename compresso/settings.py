@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from compresso.config import limit, settings
+from compresso.config import checked, limit, settings
 
 Dataset = Annotated[
     str,
     limit(
         description="Text to read: `stdlib`, `wikitext2`, `c4`, a local .txt, .jsonl or .parquet"
-        " file or directory, a .npy of token ids, or a hub dataset. `auto`: `stdlib` for the"
-        " bundled model, else `wikitext2`."
+        " file or directory, a .npy of token ids, a hub dataset, or `self`: what the original"
+        " writes. `auto`: `stdlib` for the bundled model, else `wikitext2`."
     ),
 ]
 Samples = Annotated[int, limit(ge=1, description="Sequences to read.")]
@@ -33,6 +33,22 @@ class CalibrationSettings:
     batch_size: Annotated[
         int | None, limit(ge=1, description="Sequences run at once; about 2048 tokens' worth.")
     ] = None
+    sampling_temperature: Annotated[
+        float,
+        limit(gt=0, le=10, description="For `self`: what the scores of a token are divided by."),
+    ] = 1.0
+    top_p: Annotated[
+        float,
+        limit(
+            gt=0, le=1, description="For `self`: draw from the tokens that together have so much."
+        ),
+    ] = 1.0
+
+    @checked
+    def _only_for_self(self) -> CalibrationSettings:
+        if self.dataset != "self" and (self.sampling_temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError("`sampling_temperature` and `top_p` need `dataset` `self`")
+        return self
 
 
 @settings

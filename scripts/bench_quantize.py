@@ -27,13 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compresso import registry
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.errors import ConfigError
 from compresso.families import RESTRUCTURED
 
 WIDTHS, GROUPS = (2, 3, 4), (32, 64, 128)
 
 
-def ways() -> dict[str, list[str]]:
-    """Name in the table -> options."""
+def ways(mixed: int) -> dict[str, list[str]]:
+    """Name in the table -> options. mixed: group size where the bits of groups are chosen."""
     found: dict[str, list[str]] = {}
     for method, bits, size in product(("rtn", "hqq", "gptq"), WIDTHS, GROUPS):
         options = f"--method {method} --bits {bits} --group-size {size}"
@@ -53,23 +54,35 @@ def ways() -> dict[str, list[str]]:
                     f"{p}",
                 ]
     for target in (2.25, 2.5, 2.75, 3.25, 4.25):
-        options = f"--method gptq --target-bits {target} --group-size 128"
-        found[f"gptq mixed {target} bits g128"] = options.split()
+        options = f"--method gptq --target-bits {target} --group-size {mixed}"
+        found[f"gptq mixed {target} bits g{mixed}"] = options.split()
     for target in (2.25, 2.5, 3.0, 3.25, 4.0, 4.25):
         for method in ("higgs", "gptq+higgs"):
             options = f"--method {method} --target-bits {target}"
             found[f"{method} mixed {target} bits"] = options.split()
+    for target in (2.25, 2.5):
+        for allocation in ("search", "lim", "zd", "uniform"):
+            options = f"--method gptq --target-bits {target} --allocation {allocation}"
+            name = f"gptq mixed {allocation} {target} bits g{mixed}"
+            found[name] = [*options.split(), "--group-size", f"{mixed}"]
+    for bits in WIDTHS:
+        at = f"--bits {bits}"
+        more = {
+            f"gptq unmatched {bits} bits g64": f"--method gptq {at} --match 0",
+            f"rsq unmatched {bits} bits g64": f"--method rsq {at} --match 0",
+            f"gptq+higgs unmatched {bits} bits": f"--method gptq+higgs {at} --match 0",
+            f"best {bits} bits": f"--preset best {at}",
+            f"autoround {bits} bits g64": f"--method autoround {at}",
+        }
+        found |= {name: options.split() for name, options in more.items()}
     more = {
-        "gptq match 2 bits g64": "--method gptq --bits 2 --match 0.5",
-        "gptq match 3 bits g64": "--method gptq --bits 3 --match 0.5",
-        "gptq+higgs match p4 2 bits": "--method gptq+higgs --bits 2 --match 0.5",
-        "gptq+higgs match p2 3 bits": "--method gptq+higgs --bits 3 --match 0.5",
-        "gptq+higgs match mixed 2.25 bits": "--method gptq+higgs --target-bits 2.25 --match 0.5",
-        "gptq+higgs match mixed 3.25 bits": "--method gptq+higgs --target-bits 3.25 --match 0.5",
         "nf4": "--method nf4",
         "nf4 double": "--method nf4 --scale-bits 8",
-        "autoround 2 bits g64": "--method autoround --bits 2",
+        "gptq 8-bit scales 2 bits g32": "--method gptq --bits 2 --group-size 32 --scale-bits 8",
+        "gptq 8-bit scales 3 bits g32": "--method gptq --bits 3 --group-size 32 --scale-bits 8",
         "autoround from rtn 2 bits g64": "--method autoround --bits 2 --start rtn",
+        "best mixed 2.25 bits": "--preset best --target-bits 2.25",
+        "best mixed 3.25 bits": "--preset best --target-bits 3.25",
     }
     return found | {name: options.split() for name, options in more.items()}
 
@@ -81,6 +94,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="calibration text, or .npy of sequences")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
+    parser.add_argument("--mixed-group-size", type=int, default=128, help="where bits are chosen")
     parser.add_argument("--only", nargs="*", help="what names in the table start with")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -89,17 +103,18 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     windows = torch.from_numpy(numpy.load(options.text)[: options.windows].astype("int64"))
     source = open_checkpoint(options.model)
-    original = [model_of(source)(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
-    loss = float(
-        torch.stack(
-            [-p.gather(-1, r[1:, None]).mean() for p, r in zip(original, windows, strict=True)]
-        ).mean()
-    )
+    original, loss = scores(source, windows)
     print(f"original: perplexity {exp(loss):.3f}, {source.stored_bytes / 1e6:.2f} MB", flush=True)
-    for name, given in ways().items():
+    for name, given in ways(options.mixed_group_size).items():
         if name in rows or (options.only and not name.startswith(tuple(options.only))):
             continue
-        rows[name] = row = measure(name, given, original, windows, options)
+        try:
+            rows[name] = row = measure(name, given, original, windows, options)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != ConfigError.exit_code:
+                raise
+            print(f"{name}: impossible for this model", flush=True)
+            continue
         print(f"{name}: {row['ppl']:.3f} / {row['kl']:.4f}, {row['bits']:.3f} bits", flush=True)
         results.write_text(json.dumps(rows, indent=1))
     (options.out / "quantize.md").write_text(table(rows, loss))
@@ -116,11 +131,24 @@ def measure(
     """Make a checkpoint, unless it is there, and judge it."""
     target = options.out / name.replace(" ", "-")
     command = ["quantize", options.model, "-o", str(target), *given]
-    if registry.method("quantize", given[1]).calibrated:
+    method = registry.with_preset("quantize", {given[0].strip("-"): given[1]})["method"]
+    if registry.method("quantize", method).calibrated:
         command += ["--dataset", options.dataset]
     subprocess.run([sys.executable, "-m", "compresso", *command], check=True, stdout=2)
-    made = Checkpoint(target)
-    summary = made.provenance["report"]["summary"]
+    summary = Checkpoint(target).provenance["report"]["summary"]
+    return {
+        "bits": summary["stored_bits"],
+        **judge(target, original, windows),
+        "seconds": summary["seconds"],
+    }
+
+
+def judge(path: Path, original: list[torch.Tensor], windows: torch.Tensor) -> dict[str, float]:
+    """Perplexity, KL(original || this) in nats, and stored bytes of a checkpoint.
+
+    original: logarithms of probabilities after all tokens of each window but the last.
+    """
+    made = Checkpoint(path)
     model = model_of(made)
     lost = divergence = 0.0
     for row, expected in zip(windows, original, strict=True):
@@ -128,12 +156,18 @@ def measure(
         lost += cross_entropy(found, row)
         divergence += float((expected.exp() * (expected - found)).sum(-1).mean())
     return {
-        "bits": summary["stored_bits"],
         "bytes": made.stored_bytes,
         "ppl": exp(lost / len(windows)),
         "kl": divergence / len(windows),
-        "seconds": summary["seconds"],
     }
+
+
+def scores(source: Checkpoint, windows: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+    """What `judge` compares with, and the mean loss of the original."""
+    model = model_of(source)
+    found = [model(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
+    losses = [cross_entropy(one, row) for one, row in zip(found, windows, strict=True)]
+    return found, sum(losses) / len(losses)
 
 
 def cross_entropy(logarithms: torch.Tensor, window: torch.Tensor) -> float:

@@ -46,20 +46,30 @@ def vector(size: int = 256, dimension: int = 2, most: int = 1024) -> Make:
     return make
 
 
-def affine(bits: int = 3, group_size: int = 32, *, zero_bits: int | None = None) -> Make:
-    """Makes codes with zeros that are not whole; group_size: -1 for the whole row."""
+def affine(
+    bits: int = 3,
+    group_size: int = 32,
+    *,
+    zero_bits: int | None = None,
+    zeros: torch.dtype | None = None,
+) -> Make:
+    """Makes codes with zeros that are not whole; group_size: -1 for the whole row.
+
+    zeros: the type they are stored in, if that is another than that of the scales.
+    """
 
     def make(rows: int, columns: int, dtype: torch.dtype, seed: int) -> AffineCodes:
         generator = torch.Generator().manual_seed(seed)
         groups = 1 if group_size == -1 else columns // group_size
         codes = torch.randint(0, 2**bits, (rows, columns), generator=generator)
-        zero = (torch.randn(rows, groups, generator=generator) + 2 ** (bits - 1)).to(dtype).float()
+        zero = torch.randn(rows, groups, generator=generator) + 2 ** (bits - 1)
+        zero = zero.to(zeros or dtype).float()
         if zero_bits is not None:
             zero = torch.randint(0, 2**zero_bits, (rows, groups), generator=generator)
             zero = zero * 2.0 ** (bits - zero_bits)
         scale = scales((rows, groups), dtype, seed, 2**bits)
         found = AffineCodes(codes.to(torch.uint8), scale, zero, bits, dtype)
-        return replace(found, zero_bits=zero_bits)
+        return replace(found, zero_bits=zero_bits, zero_dtype=zeros)
 
     return make
 
@@ -108,10 +118,13 @@ KINDS: dict[str, Make] = {
     "3 bits": affine(3),
     "8 bits": affine(8, 16),
     "5 bits a row": affine(5, -1),
+    "float16 zeros": affine(2, 32, zeros=torch.float16),
+    "float32 zeros": affine(4, 32, zeros=torch.float32),
     "uniform": uniform(2),
     "symmetric": uniform(3, symmetric=True),
     "p2n256 s8": eight(vector(256, 2, 16)),
     "3 bits s8": eight(affine(3, 16)),
+    "float16 zeros s8": eight(affine(3, 16, zeros=torch.float16)),
     "4 bits z8 s8": eight(affine(4, 16, zero_bits=8)),
     "uniform s8": eight(uniform(2, 8)),
     "symmetric s8": eight(uniform(2, 16, symmetric=True)),

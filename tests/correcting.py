@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,7 +108,8 @@ def put_beside(source: Checkpoint, target: Path, factors: dict[str, LowRank], pa
     step = make_step("compensate", {"method": "loftq"}, where="test")
     with patch.context() as patched:
         patched.setattr(registry, "load", lambda code: stage)
-        run_step(step, source, CalibrationSettings(), target, RUNTIME)
+        runtime = replace(RUNTIME, dtype=source.dtype)
+        run_step(step, source, CalibrationSettings(), target, runtime)
     return Checkpoint(target)
 
 

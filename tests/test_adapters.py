@@ -96,6 +96,8 @@ def test_every_base(base, tmp_path, monkeypatch):
     written = put_beside(source, tmp_path / "out", factors, monkeypatch)
     record = read_record(written.path)
     assert record["proof"]["adapter"] == "peft" and record["proof"]["generated"] is not None
+    warned = any("after the loaded model has run once" in w for w in record["report"]["warnings"])
+    assert warned == (base == "packed mixed")
     # what is stored of the base is what was stored
     kept = written.load(written.names())
     for name, tensor in source.load(source.names()).items():
@@ -158,20 +160,20 @@ def test_the_adapter_alone_finds_its_base(coded):
 @pytest.mark.parametrize("reader", ["peft", "compresso"])
 def test_other_corrections_than_in_memory(reader, tmp_path, monkeypatch):
     source = stock("llama", tmp_path / "dense")
-    factors = corrections(source)
     if reader == "compresso":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     put_adapter = run.put_adapter
 
-    def forget_one(written, factors, *rest):
-        return put_adapter(written, dict([*factors.items()][1:]), *rest)
+    def forget_one(written, report, *rest):
+        del report.adapter[next(iter(report.adapter))]
+        return put_adapter(written, report, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "put_adapter", forget_one)
         with pytest.raises(GateError, match="is not the model it was in memory"):
-            put_beside(source, tmp_path / "out", factors, monkeypatch)
+            put_beside(source, tmp_path / "out", corrections(source), monkeypatch)
     assert not (tmp_path / "out").exists()
-    written = put_beside(source, tmp_path / "out", factors, monkeypatch)
+    written = put_beside(source, tmp_path / "out", corrections(source), monkeypatch)
     proof = read_record(written.path)["proof"]
     assert proof["adapter"] == reader and (proof["generated"] is None) == (reader == "compresso")
 
@@ -307,7 +309,7 @@ def test_stages_that_copy_refuse(stage, dense, tmp_path):
     step = make_step(stage, values, where="test")
     with pytest.raises(ConfigError, match=f"`{stage}` would lose the adapter beside") as caught:
         run_step(step, dense, CalibrationSettings(), tmp_path / "out", RUNTIME)
-    assert "`merge`" in str(caught.value.hint)
+    assert "`--merge`" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
 
 

@@ -25,13 +25,13 @@ def model(tmp_path_factory):
     return path
 
 
-def run(model, target, stage, device, tokens=None, **values):
+def run(model, target, stage, device, tokens=None, samples=16, **values):
     tokens = str(tokens or model.parent / "tokens.npy")
     if stage == "eval":
         values |= {"dataset": tokens, "speed": False}
     step = make_step(stage, values, where="test")
     runtime = make_runtime(RuntimeSettings(device=device, dtype="float32"))
-    calibration = CalibrationSettings(dataset=tokens, samples=16)
+    calibration = CalibrationSettings(dataset=tokens, samples=samples)
     return run_step(step, Checkpoint(model), calibration, target, runtime).report
 
 
@@ -89,3 +89,31 @@ def test_hidden_states_leave_the_device(model, tmp_path):
     run(model, tmp_path / "ram", "quantize", "cuda", bits=4, group_size=16)
     for name in sorted(path.name for path in (tmp_path / "ram").glob("*.safetensors")):
         assert (tmp_path / "ram" / name).read_bytes() == (tmp_path / "spilled" / name).read_bytes()
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("method", ["lora", "full", "norms"])
+def test_healing_is_as_on_the_cpu(model, tmp_path, method, compile):
+    values = {"method": method, "steps": 4, "sequences": 4, "evaluate_every": 2, "plot": False}
+    rows = []
+    for device in ("cpu", "cuda"):
+        chosen = compile if device == "cuda" else "off"
+        report = run(model, tmp_path / device, "heal", device, samples=14, compile=chosen, **values)
+        rows.append(report.rows)
+    for one, other in zip(*rows, strict=True):
+        assert one["heldout_loss"] == pytest.approx(other["heldout_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", [{"method": "rtn", "bits": 4, "group_size": 32}])
+def test_training_beside_codes_is_as_beside_their_weights(model, tmp_path, packing):
+    run(model, tmp_path / "packed", "quantize", "cuda", **packing)
+    values = {"steps": 4, "sequences": 4, "evaluate_every": 2, "plot": False}
+    rows = []
+    for method in ("lora", "qlora"):
+        target = tmp_path / method
+        source = tmp_path / "packed"
+        tokens = model.parent / "tokens.npy"
+        report = run(source, target, "heal", "cuda", tokens, samples=14, method=method, **values)
+        rows.append(report.rows)
+    for one, other in zip(*rows, strict=True):
+        assert one["heldout_loss"] == pytest.approx(other["heldout_loss"], rel=1e-3)

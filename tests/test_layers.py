@@ -47,6 +47,7 @@ KERNEL_LIBRARIES = {
     "collections",
     "itertools",
     "functools",
+    "concurrent",  # tiles on threads
     "json",  # grids that were computed once are data
     "pathlib",
 }
@@ -64,6 +65,7 @@ LIGHT = (
     "depth_settings",
     "fold_settings",
     "quantize_settings",
+    "target_settings",
     "compensate_settings",
     "heal_settings",
     "registry",

@@ -32,7 +32,18 @@ def killed_in_search(self, state, remember=writer.CheckpointWriter.remember, lef
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-if point == "after":
+def killed_after_keeping(self, name, tensors, values, left=[int(part)]):
+    keep(self, name, tensors, values)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if point == "training":
+    from compresso.checkpoint import kept
+    from compresso.training import loop
+    loop.SECONDS_BETWEEN_SAVES = 0.0
+    keep, kept.KeptState.keep = kept.KeptState.keep, killed_after_keeping
+elif point == "after":
     writer.CheckpointWriter.commit = killed_after
 elif point == "search":
     writer.CheckpointWriter.remember = killed_in_search
@@ -61,6 +72,7 @@ def model(tmp_path_factory):
     import numpy as np
 
     np.save(path.parent / "tokens.npy", tokens.numpy())
+    np.save(path.parent / "more.npy", torch.cat((tokens, tokens[:1])).numpy())
     return path
 
 
@@ -118,6 +130,8 @@ DEPTH = {
     "evopress": ["prune", "--method", "evopress", "--ratio", "0.3", "--generations", "3"],
     "gates": ["prune", "--method", "foldgpt", "--drop-count", "1", "--steps", "3"],
     "fold": ["fold", "--blocks", "1", "--rank", "2"],
+    "heal": ["heal", "--steps", "5", "--sequences", "3", "--evaluate-every", "2", "--no-plot"],
+    "lisa": ["heal", "--method", "lisa", "--steps", "4", "--interval", "2", "--no-plot"],
 }
 
 
@@ -130,11 +144,15 @@ DEPTH = {
         ("gates", "search", 2),
         ("fold", "search", 1),
         ("fold", "after", 2),
+        ("heal", "training", 3),
+        ("heal", "after", 2),
+        ("lisa", "training", 3),
     ],
 )
 def test_a_killed_search_ends_in_the_same_bytes(model, tmp_path, name, point, part):
     stage, *options = DEPTH[name]
-    text = ("--dataset", str(model.parent / "tokens.npy"), "--nsamples", "8")
+    tokens = model.parent / ("more.npy" if stage == "heal" else "tokens.npy")
+    text = ("--dataset", str(tokens), "--nsamples", "8")
 
     def command(output):
         return ["compresso", stage, str(model), "-o", str(output), *options, *text]

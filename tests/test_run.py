@@ -108,12 +108,14 @@ def test_finished_work_is_reused_by_key(model, calibration, runtime, tmp_path, c
     assert calls == ["prune"]
 
 
-def test_the_key_is_made_of_all_that_decides_the_result(model, calibration, runtime, text):
+def test_the_key_is_made_of_all_that_decides_the_result(
+    model, calibration, runtime, text, tmp_path
+):
     source = Checkpoint(model)
     step = make_step("prune", {"blocks": 1}, where="test")
-    data = run.load_data(step, source, calibration, runtime)
+    data = run.load_data(step, source, calibration, runtime, tmp_path)
     base = run.key_of(step, source, data, runtime)
-    other_data = run.load_data(step, source, replace(calibration, seed=1), runtime)
+    other_data = run.load_data(step, source, replace(calibration, seed=1), runtime, tmp_path)
     longer = make_step("prune", {"blocks": 2}, where="test")
     half = replace(runtime, dtype=torch.bfloat16)
     keys = {
@@ -123,7 +125,7 @@ def test_the_key_is_made_of_all_that_decides_the_result(model, calibration, runt
         run.key_of(step, source, data, half),
     }
     assert len(keys) == 4
-    same = run.load_data(step, source, replace(calibration, batch_size=2), runtime)
+    same = run.load_data(step, source, replace(calibration, batch_size=2), runtime, tmp_path)
     assert run.key_of(step, source, same, runtime) == base
     gated = evaluate(text, **{"assert": {"ppl": "< 9"}})
     assert run.key_of(gated, source, data, runtime) == run.key_of(

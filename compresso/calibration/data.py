@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.calibration.generated import SELF, Author, generated
 from compresso.calibration.text import documents
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from compresso.settings import CalibrationSettings
 TOKENS_PER_BATCH = 2048
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 LONGEST_DEFAULT = 2048
+KEPT_BACK = 0.1  # of a text without a held-out part, to judge by what nobody learned from
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,44 @@ class Calibration:
 
 
 def load_calibration(
-    settings: CalibrationSettings, source: Checkpoint, *, trust_remote_code: bool = False
+    settings: CalibrationSettings,
+    source: Checkpoint,
+    *,
+    keep_back: bool = False,
+    trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Random crops of the dataset's training text, as GPTQ draws them; seeded.
+
+    keep_back: of a local text or of ids, which have no held-out part, take nothing from the last
+               tenth, which `load_heldout` gives then.
+    author:    who writes the text, if the dataset is `self`.
 
     Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
     cannot be right for this model.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        sequences, written = generated(author, settings, length=length, held_out=False)
+        available = None
+    elif dataset.endswith(".npy"):
         sequences, available = _read_tokens(Path(dataset), settings.length), None
+        if keep_back:
+            sequences = _apart(sequences, dataset)[0]
         if len(sequences) < settings.samples:
+            beside = " beside those kept back to judge by" if keep_back else ""
             raise CheckpointError(
-                f"`{dataset}` holds {len(sequences)} sequences, fewer than the"
+                f"`{dataset}` holds {len(sequences)} sequences{beside}, fewer than the"
                 f" {settings.samples} asked for",
                 hint=f"pass `--nsamples {len(sequences)}`",
             )
         sequences = sequences[: settings.samples]
     else:
         stream = _token_stream(dataset, source, held_out=False, trust=trust_remote_code)
+        if keep_back and Path(dataset).exists():
+            stream = _apart(stream, dataset)[0]
         available = len(stream)
         _check_long_enough(available, length, dataset)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -70,6 +91,7 @@ def load_calibration(
         "split": "calibration",
         "seed": settings.seed,
         "sequences_asked": settings.samples,
+        **written,
     }
     return _batched(sequences, settings.batch_size, record, available, source)
 
@@ -79,28 +101,41 @@ def load_heldout(
     source: Checkpoint,
     *,
     whole: bool = False,
+    kept_back: bool = False,
     trust_remote_code: bool = False,
+    author: Author | None = None,
 ) -> Calibration:
     """Windows of the dataset's held-out text, end to end and in order, without the tail.
 
     With fewer `samples` than windows, evenly spaced ones. `samples` may be larger than what the
     text holds; the record says how many were used.
 
-    whole: take all windows, whatever `samples` says.
+    whole:     take all windows, whatever `samples` says.
+    kept_back: of a local text or of ids, take only what `load_calibration` kept back.
+    author:    who writes the text, if the dataset is `self`; as many windows as `samples` says.
 
     Raises as `load_calibration` does.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
-    if dataset.endswith(".npy"):
+    written: dict[str, Any] = {}
+    if dataset == SELF:
+        assert author is not None
+        windows, written = generated(author, settings, length=length, held_out=True)
+        available = None
+    elif dataset.endswith(".npy"):
         windows, available = _read_tokens(Path(dataset), settings.length), None
+        if kept_back:
+            windows = _apart(windows, dataset)[1]
     else:
         stream = _token_stream(dataset, source, held_out=True, trust=trust_remote_code)
+        if kept_back and Path(dataset).exists():
+            stream = _apart(stream, dataset)[1]
         available = len(stream)
         _check_long_enough(available, length, dataset)
         windows = stream[: available // length * length].reshape(-1, length)
     used = len(windows) if whole else min(settings.samples, len(windows))
     spaced = torch.arange(used) * len(windows) // used
-    record: dict[str, Any] = {"dataset": dataset, "split": "held out"}
+    record: dict[str, Any] = {"dataset": dataset, "split": "held out", **written}
     if not whole:
         record["sequences_asked"] = settings.samples
     return _batched(windows[spaced], settings.batch_size, record, available, source)
@@ -140,6 +175,17 @@ def _token_stream(dataset: str, source: Checkpoint, *, held_out: bool, trust: bo
             ids.append(tokenizer.end)
         ids += tokenizer.encode(text, special=number == 0)
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _apart(tokens: Tensor, dataset: str) -> tuple[Tensor, Tensor]:
+    """What to learn from and, at the end, what to judge by: runs of sequences or of ids."""
+    back = max(1, int(KEPT_BACK * len(tokens)))
+    if len(tokens) < 2:
+        raise CheckpointError(
+            f"`{dataset}` holds too little to learn from and to judge by",
+            hint="use a longer text, or a smaller `--seqlen`",
+        )
+    return tokens[:-back], tokens[-back:]
 
 
 def _read_tokens(path: Path, length: int | None) -> Tensor:

@@ -66,7 +66,9 @@ class ProductSum:
         rows = left.reshape(-1, len(self._total)).float()
         if importance is not None:
             rows = rows * importance.reshape(-1, 1)
-        self._total.addmm_(rows.T, right.reshape(len(rows), -1).float())
+        # Where x is bfloat16, y is rounded to it too: less than what x was rounded by.
+        with _products_of(right.dtype):
+            self._total.addmm_(rows.T, right.reshape(len(rows), -1).float())
         self._tokens += len(rows)
 
     def mean(self) -> Tensor:

@@ -26,7 +26,10 @@ class Originals:
     """
 
     def __init__(self, adapter: ModelAdapter, states: States) -> None:
-        """states: what enters block 0 of the original model; it goes on with every block."""
+        """states: what enters block 0 of the original model; it goes on with every block.
+
+        They may be of the first few batches alone: of the others, nothing is known then.
+        """
         self.states = states
         self._adapter = adapter
         self._kept: Store | None = None
@@ -95,14 +98,16 @@ class Originals:
         missing = ProductSum(rows if group % 2 else columns, columns, adapter.device)
 
         def watch(batch: int, inputs: Tensor, importance: Tensor | None) -> None:
+            if batch >= self.states.batches:
+                return
             assert self._kept is not None
             place = self._place(batch, group)
             now = inputs
             if group % 2:
                 stream = block.stream(batch, mlp=group > 1) if self._in_stream else inputs
                 now = self._left(stream, linear(inputs))
-            wanted = self._kept[place].reshape(-1, now.shape[-1]).float()
-            missing.add(wanted - now.reshape(wanted.shape), inputs, importance)
+            wanted = self._kept[place]
+            missing.add(wanted - now.view_as(wanted), inputs, importance)
             self._kept.release(place)
 
         gram, product = block.gram(paths, watch=watch), missing.mean()

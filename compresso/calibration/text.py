@@ -45,7 +45,7 @@ HUB_TEXTS = {
         joined=False,
     ),
 }
-DATASETS = ("stdlib", *HUB_TEXTS)
+DATASETS = ("stdlib", "self", *HUB_TEXTS)
 
 
 def documents(dataset: str, *, held_out: bool) -> Iterator[str]:

@@ -181,6 +181,9 @@ class BitsAndBytes:
             found = self._decode_blocks(path, parts)
         return found.T.contiguous() if self._transposed else found
 
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> None:
+        """None, as codes of blocks and rows without zeros are not what is meant by uniform."""
+
     def _decode_blocks(self, path: str, parts: dict[str, Tensor]) -> Tensor:
         state = self._states[path]
         rows, columns = state["shape"]

@@ -6,10 +6,10 @@ compressed-tensors has no layout for these. A linear `<path>` of shape (rows, co
                          lays it out
     <path>.weight_scale  `dtype` (rows, groups); if `scale_bits` is 8, int8, in 128ths of
     <path>.weight_row_scale  `dtype` (rows, 1), stored only then
-    <path>.weight_zero   of an affine kind: `dtype` (rows, groups); or, if it has `zero_bits`, int32
-                         (groups, words): as many bits of each group's zeros as one bit stream, in
-                         parts of 2**(bits - zero_bits); not stored if these are 0, for zeros are
-                         then 2**(bits - 1)
+    <path>.weight_zero   of an affine kind: `dtype`, or `zero_dtype` if it has that, (rows, groups);
+                         or, if it has `zero_bits`, int32 (groups, words): as many bits of each
+                         group's zeros as one bit stream, in parts of 2**(bits - zero_bits); not
+                         stored if these are 0, for zeros are then 2**(bits - 1)
 
 and what they mean stands in config.json, each kind of coding once:
 
@@ -106,7 +106,7 @@ def pack(path: str, codes: Codes, *, symmetric: bool = False) -> dict[str, Tenso
     if not isinstance(grid, VectorCodes):
         part = 2.0 ** (form.bits - (form.zero_bits or 0))
         if form.zero_bits is None:
-            tensors[ZERO] = grid.zero.to(form.dtype)
+            tensors[ZERO] = grid.zero.to(form.zero_dtype or form.dtype)
         elif form.zero_bits:
             parts = (grid.zero / part).clamp(0, 2**form.zero_bits - 1).to(torch.uint8)
             tensors[ZERO] = pack_rows(parts.T.contiguous(), form.zero_bits)
@@ -190,25 +190,35 @@ class Coded:
 
         Raises CheckpointError if a code stands for nothing.
         """
+        weight = self._codes(path, parts).decode()
+        return weight.T.contiguous() if self._kinds[self._of[path]].get("transposed") else weight
+
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | None:
+        """Its codes, of (out, in) weights, if they are affine. parts: as `decode` takes them."""
+        if self._kinds[self._of[path]]["kind"] != "affine":
+            return None
+        found = self._codes(path, parts)
+        assert isinstance(found, AffineCodes)
+        return found
+
+    def _codes(self, path: str, parts: dict[str, Tensor]) -> AffineCodes | VectorCodes:
         kind, form = self._kinds[self._of[path]], self._forms[self._of[path]]
         own = {name.removeprefix(f"{path}."): parts[name] for name in self.names(path)}
         scale = _scale(own)
         vectors = scale.shape[1] * form.group // form.weights
         codes = unpack_rows(own[CODES], form.bits, vectors)
-        found: Codes
+        row_scale = own[ROW_SCALE].float() if ROW_SCALE in own else None
         if kind["kind"] == "affine":
-            zero = _zero(own, form, len(codes))
-            found = AffineCodes(codes, scale, zero, form.bits, form.dtype)
-        else:
-            grid = VectorGrid(torch.tensor(kind["points"], dtype=torch.float32))
-            if int(codes.max()) >= grid.size:
-                raise CheckpointError(
-                    f"`{path}` holds the code {int(codes.max())} of {grid.size} points",
-                    hint="copy or download the checkpoint again",
-                )
-            found = VectorCodes(codes, scale, grid, form.group, form.dtype)
-        weight = found.decode()
-        return weight.T.contiguous() if kind.get("transposed") else weight
+            zero = _zero(own, form, len(codes)).expand_as(scale)
+            stored = (row_scale, form.zero_bits, form.zero_dtype)
+            return AffineCodes(codes, scale, zero, form.bits, form.dtype, *stored)
+        grid = VectorGrid(torch.tensor(kind["points"], dtype=torch.float32))
+        if int(codes.max()) >= grid.size:
+            raise CheckpointError(
+                f"`{path}` holds the code {int(codes.max())} of {grid.size} points",
+                hint="copy or download the checkpoint again",
+            )
+        return VectorCodes(codes, scale, grid, form.group, form.dtype, row_scale)
 
     def kind(self, path: str) -> dict[str, Any]:
         """How it is stored, in plain values."""

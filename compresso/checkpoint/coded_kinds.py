@@ -32,7 +32,7 @@ class Form:
     dtype:     of decoded weights, and of scales and zeros that are not in fewer bits.
     group:     weights that share a scale. weights: of one code. bits: of one code.
     scale_bits: 8, or 16 for scales in `dtype`.
-    zero_bits: as in `AffineCodes`; 0 where no zeros are stored.
+    zero_bits: as in `AffineCodes`; 0 where no zeros are stored. zero_dtype: likewise.
     """
 
     dtype: torch.dtype
@@ -41,6 +41,7 @@ class Form:
     bits: int
     scale_bits: int = 16
     zero_bits: int | None = 0
+    zero_dtype: torch.dtype | None = None
 
     @classmethod
     def read(cls, name: str, kind: Kind) -> Form:
@@ -59,10 +60,12 @@ class Form:
 
     @classmethod
     def _of(cls, kind: Kind) -> Form:
-        dtype, scale_bits = DTYPES[kind["dtype"]], kind.get("scale_bits", 16)
+        word, scale_bits = kind["dtype"], kind.get("scale_bits", 16)
+        dtype = DTYPES[word]
         if kind["kind"] == "affine":
-            zero_bits = kind.get("zero_bits")
-            return cls(dtype, kind["group_size"], 1, kind["bits"], scale_bits, zero_bits)
+            zero_bits, zero_dtype = kind.get("zero_bits"), DTYPES[str(kind.get("zero_dtype", word))]
+            size, bits = kind["group_size"], kind["bits"]
+            return cls(dtype, size, 1, bits, scale_bits, zero_bits, zero_dtype)
         if kind["kind"] != "vector":
             raise LookupError(kind["kind"])
         points = kind["points"]
@@ -79,7 +82,7 @@ class Form:
         if eight:
             found[ROW_SCALE] = (rows, 1), self.dtype
         if self.zero_bits is None:
-            found[ZERO] = (rows, groups), self.dtype
+            found[ZERO] = (rows, groups), self.zero_dtype or self.dtype
         elif self.zero_bits:
             found[ZERO] = (groups, _words(rows, self.zero_bits)), torch.int32
         return found
@@ -106,6 +109,9 @@ def kind_of(codes: Codes, *, symmetric: bool) -> tuple[str, Kind]:
     zero_bits = grid.zero_bits if isinstance(grid, AffineCodes) else (not symmetric) * grid.bits
     if zero_bits is not None:
         kind["zero_bits"], suffix = zero_bits, f"z{zero_bits}{suffix}"
+    elif isinstance(grid, AffineCodes) and grid.zeros_in != grid.dtype:
+        kind["zero_dtype"] = str(grid.zeros_in).removeprefix("torch.")
+        suffix += f"-{kind['zero_dtype']}-zeros"
     return f"b{grid.bits}g{size}{suffix}", kind | eight
 
 

@@ -103,7 +103,7 @@ def unpack(path: str, tensors: dict[str, Tensor], scheme: Scheme) -> Packed:
     _check(f"{path}.weight_packed", words, (rows, _words(columns, scheme.bits)), torch.int32)
     _check(f"{path}.weight_scale", scale, (rows, groups), *SCALES)
     if scheme.symmetric:
-        zero = torch.full((rows, groups), float(2 ** (scheme.bits - 1)))
+        zero = torch.full((rows, groups), 2.0 ** (scheme.bits - 1), device=scale.device)
     else:
         zeros = tensors[f"{path}.weight_zero_point"]
         shape = (_words(rows, scheme.bits), groups)

@@ -12,6 +12,11 @@ from torch import Tensor
 from compresso.checkpoint.coded import CODED, ENDING, KEY, Coded, coding_of
 from compresso.checkpoint.directory import Load, TensorInfo
 from compresso.checkpoint.layout import CODES, module_of, packed_names, schemes, unpack
+from compresso.errors import CheckpointError, NumericalError
+from compresso.kernels.grid import Packed
+from compresso.kernels.hqq import AffineCodes
+from compresso.kernels.lowrank import LowRank
+from compresso.kernels.pooled import merge_pooled
 
 BITSANDBYTES = "bitsandbytes"
 
@@ -31,6 +36,13 @@ class Packing(Protocol):
 
     def decode(self, path: str, parts: dict[str, Tensor]) -> Tensor:
         """Its dense weight, float32. parts: the tensors of `names`. Not modified."""
+        ...
+
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> Packed | AffineCodes | None:
+        """Its codes, of (out, in) weights, if a weight is (code - zero) * scale; None if not.
+
+        parts: the tensors of `names`. Not modified.
+        """
         ...
 
     def kind(self, path: str) -> dict[str, Any]:
@@ -92,6 +104,38 @@ def decoded(
     return dense
 
 
+def merged_codes(
+    packing: Packing, path: str, parts: dict[str, Tensor], factor: LowRank | None
+) -> Packed | AffineCodes:
+    """The codes of a packed linear with a pooled correction in their zeros.
+
+    path:   of the linear. parts: the tensors of `packing.names`. Not modified.
+    factor: up (rows, rank), and down (rank, groups), which acts on the sum of the inputs of each
+            group; None for no correction.
+
+    Zeros are stored as float16 where they fit, also beside bfloat16 scales: of a correction at 2
+    to 4 bits that loses a 200th to a 20th, but bfloat16 a 20th to two fifths, and what is lost is
+    the same for all weights of a group. Where decoded weights are float32, so are zeros.
+
+    Raises CheckpointError if the linear has no such zeros, ValueError if the factors do not fit.
+    """
+    codes = packing.uniform(path, parts)
+    if codes is None:
+        raise CheckpointError(
+            f"a correction of `{path}` cannot be merged: its codes have no zeros",
+            hint="store it as an adapter, or start from uniform codes",
+        )
+    if factor is None:
+        return codes
+    grid = codes.grid if isinstance(codes, Packed) else codes
+    if grid.dtype == torch.float32:
+        return merge_pooled(codes, factor.up, factor.down)
+    try:
+        return merge_pooled(codes, factor.up, factor.down, zero_dtype=torch.float16)
+    except NumericalError:  # zeros are far away where all weights of a group are nearly alike
+        return merge_pooled(codes, factor.up, factor.down)
+
+
 def about(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A config.json that of coded linears names only those among some tensors. Not modified."""
     if (plan := coding_of(config)) is None:
@@ -137,7 +181,11 @@ class CompressedTensors:
 
     def decode(self, path: str, parts: dict[str, Tensor]) -> Tensor:
         """Its weight, (rows, columns) float32. parts: the tensors of `names`. Not modified."""
-        return unpack(path, parts, self.schemes[path]).decode()
+        return self.uniform(path, parts).decode()
+
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> Packed:
+        """Its codes. parts: as `decode` takes them."""
+        return unpack(path, parts, self.schemes[path])
 
     def kind(self, path: str) -> dict[str, Any]:
         """How it is stored, in plain values."""

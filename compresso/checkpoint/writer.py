@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Self
 from torch import Tensor
 
 from compresso.checkpoint.directory import CONFIG, INDEX, RECORD, open_shard, read_shard
-from compresso.checkpoint.shard_file import flush_directory, write_safetensors
+from compresso.checkpoint.shard_file import flush_directory, remove, write_safetensors
 from compresso.errors import CheckpointError, ResourceError
 
 STAMP = "key"
@@ -28,8 +28,9 @@ PARTS = "model-*-of-*.safetensors"
 REPORTS = "report-{}.json"
 BESIDE = "beside-{}.safetensors"
 STATE = "state.json"
+WORK = "work"  # a directory, for what a stage computes once and needs until it is done
 # What stays until the checkpoint is published, besides parts.
-KEPT = (REPORTS.format("*"), BESIDE.format("*"), STATE)
+KEPT = (REPORTS.format("*"), BESIDE.format("*"), STATE, WORK)
 START_OVER = "pass `--fresh` to start over"
 
 
@@ -196,7 +197,7 @@ class CheckpointWriter:
             os.rename(self.partial, self.target)
             for name in (*KEPT, STAMP):  # of no use to others, and no harm if left
                 for path in self.target.glob(name):
-                    path.unlink()
+                    remove(path)
             flush_directory(self.target.parent)
         self.close()
 
@@ -257,10 +258,7 @@ class CheckpointWriter:
             committed = any(entry.match(name) for name in (PARTS, *KEPT))
             if entry.name == STAMP or (committed and not fresh):
                 continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            remove(entry)
         if found != stamp:
             self._stamp.truncate(0)
             self._stamp.write(stamp.encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from compresso.kernels.scales import row_scale_of, split_rows, storable
-
-# Sizes of the tiles a search works on, in weights: a tile and its scratch copies fit the
-# second-level cache of a CPU, while a GPU needs more work per launch.
-CPU_TILE = 2**17
-GPU_TILE = 2**24
+from compresso.kernels.tiles import CPU_TILE, GPU_TILE, on_each, row_tiles
 
 COARSE_STEPS = 8  # 6 lose up to 1 % of the squared error found by 200, 12 gain under 0.3 %
 
@@ -61,10 +57,15 @@ class Packed:
         that type is.
         """
         grid = self.grid
-        rows, columns = self.codes.shape
-        levels = self.codes.reshape(rows, grid.scale.shape[1], -1).to(grid.scale.dtype)
-        weight = levels.sub_(grid.zero[..., None]).mul_(grid.scale[..., None])
-        return weight.view(rows, columns).to(grid.dtype).to(grid.scale.dtype)
+        weight = grid.scale.new_empty(self.codes.shape)
+
+        def decode(here: slice) -> None:
+            scale, zero = grid.scale[here, :, None], grid.zero[here, :, None]
+            levels = self.codes[here].reshape(*scale.shape[:2], -1).to(weight.dtype)
+            weight[here] = levels.sub_(zero).mul_(scale).flatten(1).to(grid.dtype)
+
+        on_each(decode, row_tiles(weight), weight.device)
+        return weight
 
     def split(self, rows: list[int]) -> list[Packed]:
         """The matrices that so many rows each were stacked from."""
@@ -122,20 +123,19 @@ def fit_grid(
         importance = weight.new_ones(columns)
     store = partial(storable, dtype=scale_dtype, max_code=2**bits - 1)
     scale, zero = weight.new_empty(2, columns // size, rows)
-    budget = CPU_TILE if weight.device.type == "cpu" else GPU_TILE
-    tile_rows = min(rows, max(64, budget // size))
-    tile_groups = max(1, budget // (size * tile_rows))
-    for row in range(0, rows, tile_rows):
-        for group in range(0, columns // size, tile_groups):
-            part = weight[row : row + tile_rows, group * size : (group + tile_groups) * size]
-            weights = importance[group * size : (group + tile_groups) * size]
-            tile = part.t().reshape(-1, size, len(part)).contiguous()
-            found = _span_extremes(tile, bits, symmetric, store)
-            if search == "mse":
-                trial = _Trial(tile, weights.view(-1, 1, size), bits, store, power)
-                found = _search(trial, found, symmetric)
-            here = slice(group, group + tile_groups), slice(row, row + tile_rows)
-            scale[here], zero[here] = found
+
+    def fit(tile: tuple[slice, slice]) -> None:
+        here, groups = tile
+        weights = slice(groups.start * size, groups.stop * size)
+        part = weight[here, weights].t()
+        part = part.reshape(-1, size, part.shape[1]).contiguous()
+        found = _span_extremes(part, bits, symmetric, store)
+        if search == "mse":
+            trial = _Trial(part, importance[weights].view(-1, 1, size), bits, store, power)
+            found = _search(trial, found, symmetric)
+        scale[groups, here], zero[groups, here] = found
+
+    on_each(fit, _tiles(weight, size), weight.device)
     scale, zero, row_scale = scale.t().contiguous(), zero.t().contiguous(), None
     if scale_bits == 8:
         most = 2**bits - 1
@@ -149,11 +149,16 @@ def round_to_grid(weight: Tensor, grid: Grid) -> Packed:
 
     Halves go to the even side of `zero`. The weight is not modified.
     """
-    rows, columns = weight.shape
-    grouped = weight.reshape(rows, grid.scale.shape[1], -1)
-    levels = torch.div(grouped, grid.scale[..., None]).round_()
-    codes = levels.add_(grid.zero[..., None]).clamp_(0, grid.max_code)
-    return Packed(codes.view(rows, columns).to(torch.uint8), grid)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+
+    def code(here: slice) -> None:
+        scale, zero = grid.scale[here, :, None], grid.zero[here, :, None]
+        grouped = weight[here].reshape(*scale.shape[:2], -1)
+        levels = torch.div(grouped, scale).round_().add_(zero).clamp_(0, grid.max_code)
+        codes[here] = levels.flatten(1)
+
+    on_each(code, row_tiles(weight), weight.device)
+    return Packed(codes, grid)
 
 
 def quantize(
@@ -181,6 +186,17 @@ def quantize(
         search=grid,
     )
     return round_to_grid(weight, fitted)
+
+
+def _tiles(weight: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Rows, and groups of so many columns, that are worked on at once."""
+    rows, columns = weight.shape
+    budget = CPU_TILE if weight.device.type == "cpu" else GPU_TILE
+    height = min(rows, max(64, budget // size))
+    width = max(1, budget // (size * height))
+    for row in range(0, rows, height):
+        for group in range(0, columns // size, width):
+            yield slice(row, row + height), slice(group, group + width)
 
 
 def _span_extremes(

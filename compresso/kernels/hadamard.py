@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compresso.kernels.tiles import CPU_TILE, GPU_TILE
+
 # Values transformed at once: they and their scratch copies fit the second-level cache of a CPU,
 # while a GPU needs more work per launch.
-CPU_TILE = 2**17
-GPU_TILE = 2**25
 
 
 def block_size(columns: int, most: int) -> int:

@@ -15,11 +15,10 @@ from compresso.kernels.gptq import ROOM, factorize
 from compresso.kernels.hadamard import block_size, transform, transform_gram
 from compresso.kernels.scales import in_parts, row_scale_of, split_rows
 from compresso.kernels.sweep import row_slices
+from compresso.kernels.tiles import on_each, row_tiles
 from compresso.kernels.vector_grid import VectorGrid, nearest, vector_grid
 from compresso.kernels.vector_sweep import Descent, Metric, Store, round_in_turn
 
-CPU_TILE = 2**17  # weights worked on at once: they and scratch copies fit the second-level cache
-GPU_TILE = 2**25
 DIMENSIONS = (4, 2, 1)  # of the grids there are, the largest with at most 2**POINT_BITS points
 POINT_BITS = 8
 FACTORS = (0.9, 0.95, 1.0, 1.05, 1.1)  # of the root mean square, tried as scales
@@ -50,10 +49,13 @@ class VectorCodes:
         columns = vectors * self.grid.dimension
         points = self.grid.points.to(self.codes.device, self.scale.dtype)
         weight = self.scale.new_empty(rows, columns)
-        for here in _tiles(weight):
+
+        def decode(here: slice) -> None:
             part = points.index_select(0, self.codes[here].flatten().int())
             part = part.view(-1, columns // self.block, self.block).mul_(self.scale[here, :, None])
             weight[here] = transform(part, self.block).view(-1, columns).to(self.dtype)
+
+        on_each(decode, row_tiles(weight), weight.device)
         return weight
 
     def split(self, rows: list[int]) -> list[VectorCodes]:
@@ -100,7 +102,8 @@ def quantize(
     codes = torch.empty(rows, columns // dimension, dtype=torch.uint8, device=weight.device)
     scale = weight.new_empty(rows, columns // block)
     row_scale = weight.new_empty(rows, 1) if scale_bits == 8 else None
-    for here in _tiles(weight):
+
+    def code(here: slice) -> None:
         rotated = transform(weight[here], block).view(-1, columns // block, block)
         scale[here] = _fit_scale(rotated, grid, scale_dtype)
         if fit == "mse":
@@ -110,6 +113,8 @@ def quantize(
             scale[here] = in_parts(scale[here], row_scale[here])
         rotated.div_(_divisor(scale[here])[..., None])
         codes[here] = nearest(grid, rotated.view(len(rotated), -1, dimension))
+
+    on_each(code, row_tiles(weight), weight.device)
     return VectorCodes(codes, scale, grid, block, scale_dtype, row_scale)
 
 
@@ -267,13 +272,6 @@ def _storable(scale: Tensor, *, grid: VectorGrid, block: int, dtype: torch.dtype
     """The nearest scales that `dtype` holds and that decode to finite weights."""
     most = torch.finfo(dtype).max / (2 * math.sqrt(block) * grid.points.abs().max().item())
     return scale.clamp(0, most).to(dtype).to(scale.dtype)
-
-
-def _tiles(weight: Tensor) -> list[slice]:
-    """Slices of the rows of a matrix that fit a cache."""
-    rows, columns = weight.shape
-    step = max(1, (CPU_TILE if weight.device.type == "cpu" else GPU_TILE) // columns)
-    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _divisor(scale: Tensor) -> Tensor:

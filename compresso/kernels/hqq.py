@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compresso.kernels.scales import in_parts, row_scale_of, split_rows, storable
 from compresso.kernels.sweep import row_slices
+from compresso.kernels.tiles import on_each
 
 STEPS = 20
 NORM = 0.7  # errors are summed to this power: few large ones count little
@@ -23,12 +24,14 @@ class AffineCodes:
 
     codes: (rows, columns) uint8, from 0 to 2**bits - 1.
     scale: (rows, groups) float32, values that can be stored: see `storable`; never 0.
-    zero:  (rows, groups) float32, of either sign, values that `dtype` holds exactly or `zero_bits`.
+    zero:  (rows, groups) float32, of either sign, values that `zeros_in` holds exactly or
+           `zero_bits`.
     bits:  bits of a code.
     dtype: the type scales and zeros are stored in, and decoded weights are rounded to.
     row_scale: (rows, 1) float32, by `row_scale_of`, if scales are stored in 8 bits.
     zero_bits: of a zero that is stored as a whole number of parts of a code, 2**(bits - zero_bits)
-           each, from 0 on; None for zeros in `dtype`.
+           each, from 0 on; None for zeros in `zeros_in`.
+    zero_dtype: the type zeros are stored in, if that is another than `dtype`.
     """
 
     codes: Tensor
@@ -38,6 +41,12 @@ class AffineCodes:
     dtype: torch.dtype
     row_scale: Tensor | None = None
     zero_bits: int | None = None
+    zero_dtype: torch.dtype | None = None
+
+    @property
+    def zeros_in(self) -> torch.dtype:
+        """The type that zeros are stored in which are not parts of a code."""
+        return self.zero_dtype or self.dtype
 
     def decode(self) -> Tensor:
         """The weights, (rows, columns) float32, equal to what a reader of the stored form gets.
@@ -103,7 +112,8 @@ def quantize(
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scale, zero = weight.new_empty(2, rows, columns // size)
     row_scale = weight.new_empty(rows, 1) if eight else None
-    for here in row_slices(weight):
+
+    def code(here: slice) -> None:
         groups = weight[here].reshape(-1, columns // size, size)
         found = _search(groups, _spans(groups, bits, scale_dtype), bits, store)
         if row_scale is not None:
@@ -115,6 +125,8 @@ def quantize(
         rounded = _codes(groups / found[0], found[1], bits)
         codes[here] = rounded.flatten(1).to(torch.uint8)
         scale[here], zero[here] = found[0][..., 0], found[1][..., 0]
+
+    on_each(code, row_slices(weight), weight.device)
     return AffineCodes(codes, scale, zero, bits, scale_dtype, row_scale, 8 if eight else None)
 
 

@@ -150,7 +150,7 @@ def quantize(
     *,
     group_size: int,
     scale_dtype: torch.dtype,
-    scale_bits: int = 32,
+    scale_bits: int | None = None,
     kind: Kind = "nf4",
 ) -> FloatCodes:
     """Scale blocks to [-1, 1] and round to quantiles of a normal distribution: the `nf4` method.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-CODES_AT_ONCE = 2**18  # rows are packed a few at a time, so that the steps run in the cache
+from compresso.kernels.tiles import on_each, row_tiles
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -22,13 +22,15 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """
     rows, columns = codes.shape
     words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32, device=codes.device)
-    step = max(1, CODES_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        part = _resize(codes[start : start + step], columns + -columns % 8).view(torch.int64)
+
+    def pack(here: slice) -> None:
+        part = _resize(codes[here], columns + -columns % 8).view(torch.int64)
         for width, used, mask in _halvings(bits):
             part = (part & mask) | (((part >> width) & mask) << used)
         stream = part.view(torch.uint8).view(*part.shape, 8)[..., :bits].flatten(1)
-        words[start : start + step] = _resize(stream, words.shape[1] * 4).view(torch.int32)
+        words[here] = _resize(stream, words.shape[1] * 4).view(torch.int32)
+
+    on_each(pack, row_tiles(codes), codes.device)
     return words
 
 
@@ -39,16 +41,18 @@ def unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
     """
     rows = len(words)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=words.device)
-    step = max(1, CODES_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        part = words[start : start + step]
+
+    def unpack(here: slice) -> None:
+        part = words[here]
         # By way of one dimension: a single column counts as contiguous whatever its stride.
         stream = part.flatten().view(torch.uint8).view(len(part), -1)
         stream = _resize(stream, -(-columns // 8) * bits).view(len(stream), -1, bits)
         part = pad(stream, (0, 8 - bits)).view(torch.int64).squeeze(2)
         for width, used, mask in reversed(_halvings(bits)):
             part = (part & mask) | (((part >> used) & mask) << width)
-        codes[start : start + step] = part.view(torch.uint8)[:, :columns]
+        codes[here] = part.view(torch.uint8)[:, :columns]
+
+    on_each(unpack, row_tiles(codes), codes.device)
     return codes
 
 

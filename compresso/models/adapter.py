@@ -51,15 +51,15 @@ class ModelAdapter:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Use `open`. model: without weights, for which `source` is checked to hold them all."""
+        """Use `open`. model: without weights."""
         self.model = model
         self.config: PreTrainedConfig = model.config
         self.family: Family = family_of(model.config.model_type)
         self.structure: Structure = structure_of(source.config)
         self.dtype = dtype
         self.device = device
-        self._stored = stored_names(model, self.family, source)
-        self._unmapped = sorted(set(source.weight_names()) - set(self._stored.values()))
+        self.stored = stored_names(model, self.family, source)  # name here -> in the checkpoint
+        self._unmapped = sorted(set(source.weight_names()) - set(self.stored.values()))
         self._outside: dict[str, nn.Parameter] = {}  # by name in the checkpoint, while loaded
         self._outside_of = source
         for module in model.modules():
@@ -131,8 +131,8 @@ class ModelAdapter:
     def blocks_prefix(self) -> str:
         """What the names of all blocks start with in the checkpoint: `model.layers.`."""
         own = f"{self.family.blocks}."
-        name = next(name for name in self._stored if name.startswith(own))
-        return own.removeprefix(name.removesuffix(self._stored[name]))
+        name = next(name for name in self.stored if name.startswith(own))
+        return own.removeprefix(name.removesuffix(self.stored[name]))
 
     @property
     def tied(self) -> bool:
@@ -142,7 +142,7 @@ class ModelAdapter:
     @property
     def head_tensor(self) -> str:
         """The name in the checkpoint of the head's weight: the embedding's if that is all."""
-        return self._stored[f"{self.family.head}.weight"]
+        return self.stored[f"{self.family.head}.weight"]
 
     def block_prefix(self, index: int) -> str:
         """What the tensors of block `index` start with in the checkpoint: `model.layers.0.`."""
@@ -158,12 +158,12 @@ class ModelAdapter:
         Linears that it uses, but that another block has, are not among them.
         """
         own = self.module_prefix(index)
-        return [stored for name, stored in self._stored.items() if name.startswith(own)]
+        return [stored for name, stored in self.stored.items() if name.startswith(own)]
 
     def outside_tensors(self) -> list[str]:
         """Names in the checkpoint of all other dense tensors of the model, each once."""
         blocks = f"{self.family.blocks}."
-        names = [stored for name, stored in self._stored.items() if not name.startswith(blocks)]
+        names = [stored for name, stored in self.stored.items() if not name.startswith(blocks)]
         return list(dict.fromkeys(names))
 
     def unmapped_tensors(self) -> list[str]:
@@ -186,7 +186,7 @@ class ModelAdapter:
                 self.blocks[block], modules=half.modules, norms=half.norms, attention=not mlp
             )
         left = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        self._stored = {name: stored for name, stored in self._stored.items() if name in left}
+        self.stored = {name: stored for name, stored in self.stored.items() if name in left}
 
     def load_block(
         self, index: int, source: Checkpoint, tensors: Mapping[str, Tensor] | None = None
@@ -214,7 +214,7 @@ class ModelAdapter:
     def unload_outside(self) -> None:
         """Free the weights that `enter` and `logits` loaded."""
         self._outside.clear()
-        for name in self._stored:
+        for name in self.stored:
             if not name.startswith(f"{self.family.blocks}."):
                 empty_parameter(self.model, name)
 
@@ -285,14 +285,14 @@ class ModelAdapter:
         used = [self.module_prefix(index)]
         for path in borrowed_linears(self.family, self.structure, index):
             used += [f"{self.family.blocks}.{path}.{name}" for name in ("weight", "bias")]
-        return {n: stored for n, stored in self._stored.items() if n.startswith(tuple(used))}
+        return {n: stored for n, stored in self.stored.items() if n.startswith(tuple(used))}
 
     def _load_outside(self, source: Checkpoint, *, without: tuple[str, ...]) -> None:
         if source is not self._outside_of:
             self.unload_outside()
             self._outside_of = source
         skipped = tuple(f"{path}." for path in (self.family.blocks, *without))
-        wanted = {n: stored for n, stored in self._stored.items() if not n.startswith(skipped)}
+        wanted = {n: stored for n, stored in self.stored.items() if not n.startswith(skipped)}
         missing = dict.fromkeys(s for s in wanted.values() if s not in self._outside)
         for stored, tensor in source.load_weights(missing).items():
             self._outside[stored] = nn.Parameter(tensor.to(self.device, self.dtype), False)

@@ -6,7 +6,7 @@ config.json, in one of two forms:
     {"kind": "affine", "dtype": "bfloat16", "bits": 3, "group_size": 64}
     {"kind": "vector", "dtype": "bfloat16", "block": 64, "points": [[0.5, 1.25], ...]}
 
-and either can have "scale_bits": 8, the first "zero_bits".
+and either can have "scale_bits": 8, the first "zero_bits" or "zero_dtype".
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class CodedLinear(nn.Linear):
         if self._eight:
             self._register("row_scale", (self.out_features, 1), self._stored_for)
         if self._zero_bits is None:
-            self._register("zero", (self.out_features, groups), self._stored_for)
+            zeros_in = getattr(torch, kind.get("zero_dtype", kind["dtype"]))
+            self._register("zero", (self.out_features, groups), zeros_in)
         elif self._zero_bits:
             words = _words(self.out_features, self._zero_bits)
             self._register("zero", (groups, words), torch.int32)

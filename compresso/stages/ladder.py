@@ -19,6 +19,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.hadamard import block_size
 from compresso.models.adapter import ModelAdapter
 from compresso.quantize_settings import POINT_BITS
+from compresso.stages.damping import with_damping_raised
 from compresso.stages.quantize_plan import options_of
 
 WIDTHS = (2, 3, 4, 8)
@@ -38,8 +39,13 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
     rotated = fields["seed"] if fields.get("rotate") else None
 
     def quantize(weight: Tensor, gram: Tensor | None, bits: int) -> Decodable:
-        decodable: Decodable = code(weight, gram, bits=bits, scale_dtype=dtype, **chosen)
-        return decodable
+        def damped(damping: float) -> Decodable:
+            options = chosen | ({"damping": damping} if damping else {})
+            decodable: Decodable = code(weight, gram, bits=bits, scale_dtype=dtype, **options)
+            return decodable
+
+        where = f"a group of {len(weight)} rows at {bits} bits"
+        return with_damping_raised(damped, chosen.get("damping", 0.0), where=where)[0]
 
     widths: tuple[int, ...] = WIDTHS
     if hasattr(settings, "dimension"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -58,8 +59,7 @@ def quantize(
     Peak memory: one block's weights, one gram and its factor, and the hidden states of the
     calibration tokens, in the original model too if need be, up to the memory budget.
     """
-    settings = step.settings
-    source = merged(source)
+    settings, source = step.settings, merged(source)
     if settings.rotate:
         source = rotated(source, seed=settings.seed)
     adapter = open_adapter(source, runtime)
@@ -79,26 +79,34 @@ def quantize(
     layout = make_layout(adapter, source, step, plan)
     work = Work(adapter, source, step, plan, layout, fisher)
     probe = probe_tokens(adapter.config.get_text_config().vocab_size)
-
-    def enter(batches: list[Tensor], tokens: Tensor | None) -> States:
-        return enter_blocks(
-            adapter,
-            source,
-            batches,
-            probe=tokens,
-            budget=runtime.max_memory // (1 + work.follows),
-            spill_dir=target.partial,
-        )
-
     batches = [] if calibration is None or work.decomposes else calibration.batches
-    states = enter(batches, probe)
-    original = Originals(adapter, enter(batches, None)) if work.follows else None
+    states, original = _enter(work, batches, probe, target, runtime)
     _quantize_blocks(work, step, target, states, original)
     report = _report(work, target)
     assert states.probe is not None
     report.fingerprint = Fingerprint(probe, adapter.logits(source, states.probe).cpu())
     report.summary = _summary(source, report.rows, plan, choice)
     return report
+
+
+def _enter(
+    work: Work, batches: list[Tensor], probe: Tensor, target: CheckpointWriter, runtime: Runtime
+) -> tuple[States, Originals | None]:
+    """What enters the first block, and the original model to be run beside, if there is any."""
+    followed = batches[: ceil(work.followed * len(batches))]
+
+    def enter(batches: list[Tensor], tokens: Tensor | None) -> States:
+        return enter_blocks(
+            work.adapter,
+            work.source,
+            batches,
+            probe=tokens,
+            budget=runtime.max_memory // (1 + bool(followed)),
+            spill_dir=target.partial,
+        )
+
+    states = enter(batches, probe)
+    return states, Originals(work.adapter, enter(followed, None)) if followed else None
 
 
 def _report(work: Work, target: CheckpointWriter) -> Report:

@@ -26,15 +26,13 @@ from compresso.kernels.matching import moved
 from compresso.models.adapter import ModelAdapter
 from compresso.models.substitution import empty_parameter
 from compresso.recipe import Step
-from compresso.runtime import warn
 from compresso.stages.compensate_forms import with_factors
+from compresso.stages.damping import with_damping_raised
 from compresso.stages.quantize_layouts import Codes, Layout
 from compresso.stages.quantize_parts import Done, Linear, stored
 from compresso.stages.quantize_plan import Plan, options_of
 from compresso.stages.quantize_tuning import tuned
 
-RETRIES = 3
-STEPS_OF_DAMPING = 10
 MATCH_DAMPING = 0.1  # of `moved`
 
 
@@ -69,15 +67,15 @@ class Work:
         self._takes_bits = "bits" in self._options
 
     @property
-    def follows(self) -> bool:
-        """Whether the original model is to be run beside the quantized one."""
-        return self.tuned or self.match > 0
+    def followed(self) -> float:
+        """The share of the sequences that the original model is to be run on, from the first."""
+        return self.settings.match_share if self.match else float(self.tuned)
 
     def quantize_block(self, block: LiveBlock, states: States, originals: Originals | None) -> Done:
         """Quantize the linears of a block, which then runs with the decoded ones.
 
         states:    what enters the block.
-        originals: the original model, which has run the block, if `follows`.
+        originals: the original model, which has run the block, if `followed`.
         """
         index, prefix = block.index, self.adapter.block_prefix(block.index)
         module = self.adapter.module_prefix(index)
@@ -244,18 +242,13 @@ class Work:
         options = {**self._options, "scale_dtype": self.source.dtype, **(own or {})}
         if self._takes_bits:
             options["bits"] = bits
-        damping = options.get("damping", 0.0)
-        for attempt in range(RETRIES + 1):
-            if damping:
-                options["damping"] = damping
-            try:
-                return self._quantizer(weight, gram, **options), damping
-            except NumericalError as error:
-                if attempt == RETRIES:
-                    raise NumericalError(f"`{names[0]}`: {error}", hint=error.hint) from error
-                damping *= STEPS_OF_DAMPING
-                warn(f"`{names[0]}`: {error}; trying {damping:g}")
-        raise AssertionError("the last attempt returns or raises")
+
+        def quantize(damping: float) -> Codes | Decomposed[Any]:
+            return self._quantizer(
+                weight, gram, **options | ({"damping": damping} if damping else {})
+            )
+
+        return with_damping_raised(quantize, options.get("damping", 0.0), where=f"`{names[0]}`")
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """(out, in) from the stored orientation, or back."""

@@ -80,7 +80,7 @@ def write(model: PreTrainedModel, path: Path, kind: str, *, double: bool) -> Non
         if kind == "int8":
             codes: Any = quantize_rows(weight, **options)
         else:
-            options["scale_bits"] = 8 if double else 32
+            options["scale_bits"] = 8 if double else None
             codes = quantize(weight, group_size=64, kind=kind, **options)  # type: ignore[arg-type]
         parts = pack(stored.removesuffix(".weight"), codes)
         assert list(parts) == packed_names(stored.removesuffix(".weight"), kind, double=double)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from samples import CONFIG, part
 
 from compresso.checkpoint import writer as writer_module
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
+from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.errors import CheckpointError, ResourceError
 
 FACTORS = {"q.up": torch.arange(6.0).reshape(3, 2), "q.down": torch.ones(2, 5).bfloat16()}
@@ -113,3 +113,18 @@ def test_it_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"beside-00001.safetensors` is damaged"):
         writer.restore_beside(0)
+
+
+def test_a_work_directory_stays_until_the_checkpoint_is_published(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", key="a", parts=1) as writer:
+        (writer.partial / WORK).mkdir()
+        (writer.partial / WORK / "notes").write_text("1")
+    with CheckpointWriter(tmp_path / "out", key="a", parts=1) as writer:
+        assert (writer.partial / WORK / "notes").read_text() == "1"
+    with CheckpointWriter(tmp_path / "out", key="a", parts=1, fresh=True) as writer:
+        assert not (writer.partial / WORK).exists()
+        (writer.partial / WORK / "deep").mkdir(parents=True)
+        writer.commit(0, {"a": torch.zeros(1)}, {})
+        writer.finalize(config={}, side_files={}, expected=["a"])
+        writer.publish()
+    assert not (tmp_path / "out" / WORK).exists()

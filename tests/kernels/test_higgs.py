@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compresso.errors import ConfigError, NumericalError
-from compresso.kernels import gptq, higgs, sweep, vector_sweep
+from compresso.kernels import gptq, sweep, tiles, vector_sweep
 from compresso.kernels.gptq import factorize, relative_error
 from compresso.kernels.hadamard import transform, transform_gram
 from compresso.kernels.higgs import descend, quantize, quantize_with_feedback
@@ -166,7 +166,7 @@ def test_blocks_do_not_change_what_is_rounded_in_turn(block):
 def test_tiles_do_not_change_the_codes(monkeypatch):
     weight, gram = problem()
     plain, fed = quantize(weight, **PLAIN), quantize_with_feedback(weight, gram, **FEEDBACK)
-    monkeypatch.setattr(higgs, "CPU_TILE", 300)
+    monkeypatch.setattr(tiles, "CPU_TILE", 300)
     monkeypatch.setattr(sweep, "CPU_WEIGHTS", 900)
     monkeypatch.setattr(vector_sweep, "SCORES", 100)
     assert torch.equal(quantize(weight, **PLAIN).codes, plain.codes)

@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
     unpack_from_int32,
 )
 
-from compresso.kernels import packing
+from compresso.kernels import tiles
 from compresso.kernels.packing import pack_rows, unpack_rows
 
 BITS = pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
@@ -67,7 +67,7 @@ def test_zeros_pack_along_the_other_dimension(bits):
 def test_parts_do_not_show(bits, monkeypatch):
     codes = random_codes(37, 100, bits)
     words = pack_rows(codes, bits)
-    monkeypatch.setattr(packing, "CODES_AT_ONCE", 400)
+    monkeypatch.setattr(tiles, "CPU_TILE", 400)
     assert torch.equal(pack_rows(codes, bits), words)
     assert torch.equal(unpack_rows(words, bits, 100), codes)
 

@@ -270,7 +270,7 @@ def test_a_target_counts_the_scales_and_zeros_that_are_stored(model, tmp_path):
         ("gptq", {"lm_head": True}, "shares its weights with the embedding"),
         ("autoround", {"size": "1MB"}, "method `autoround` has no `size`"),
         ("int8", {"scale_bits": 8}, "method `int8` has no `scale_bits`"),
-        ("nf4", {"scale_bits": 16}, "`scale_bits`: input should be 8 or 32"),
+        ("nf4", {"scale_bits": 16}, "`scale_bits`: input should be 8"),
         ("rtn", {"scale_bits": 4}, "`scale_bits`: input should be 8 or 16"),
         ("hqq", {"scale_bits": 8}, "`model.layers.0.self_attn.q_proj` has one scale for each row"),
         ("gptq", {"scale_bits": 8, "group_size": -1}, "which 8 bits would only make larger"),

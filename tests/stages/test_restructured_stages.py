@@ -119,7 +119,7 @@ def test_without_packing_and_transposed(tmp_path):
 
 
 FOLLOWING = {
-    "matched": {"method": "gptq", "match": 0.5},
+    "matched": {"method": "gptq", "match_share": 1.0},
     "tuned": {"method": "autoround", "steps": 2},
 }
 

@@ -1,0 +1,73 @@
+"""Corrections to begin training with: those that `eora` finds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compresso.calibration.following import Following
+from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.checkpoint.kept import KeptState
+from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import ConfigError
+from compresso.models.structure import structure_of
+from compresso.runtime import Runtime, track
+from compresso.stages.compensate_forms import Beside, Factors, factors_of
+from compresso.stages.compensate_work import Work
+from compresso.stages.pair import Pair
+
+START = "start"
+
+
+def check_start(source: Checkpoint) -> None:
+    """Raises ConfigError if blocks share linears, of which each would have a correction."""
+    if structure_of(source.config).shared:
+        raise ConfigError(
+            f"blocks of `{source.path}` share linears, and lack different things",
+            hint="leave out `--start eora`",
+        )
+
+
+@torch.no_grad()
+def eora_start(
+    source: Checkpoint,
+    original: Checkpoint,
+    batches: list[Tensor],
+    rank: int,
+    runtime: Runtime,
+    *,
+    store: KeptState,
+) -> Factors:
+    """What makes up best for all that was lost up to every linear, found block by block.
+
+    batches: token ids, (B, T) int64 each. store: has it, if an earlier run found it.
+
+    Linears that lack nothing have no correction. The source is as `check_start` wants it.
+    """
+    if (kept := store.kept(START)) is not None:
+        return factors_of(kept[0])
+    pair = Pair.open(source, original, runtime)
+    work, form = Work(pair, weighted=True, match=1.0), Beside(pair.adapter, source)
+    states, theirs = (
+        enter_blocks(
+            adapter,
+            checkpoint,
+            batches,
+            probe=None,
+            budget=runtime.max_memory // 2,
+            spill_dir=store.directory,
+        )
+        for adapter, checkpoint in ((pair.adapter, source), (pair.theirs, original))
+    )
+    following = Following(pair.theirs, original, theirs, pair.blocks, pair.adapter.structure)
+    beside: dict[str, Tensor] = {}
+    blocks = walk_blocks(pair.adapter, source, states)
+    for block in track(blocks, pair.adapter.count, "start: eora"):
+        ranks = {
+            pair.name(block.index, path): min(rank, *pair.shape(block.index, path))
+            for path in pair.paths(block.index)
+        }
+        following.follow(block.index, keep=True)
+        beside |= work.correct(block, following, form, ranks).beside
+    store.keep(START, beside, {})
+    return factors_of(beside)

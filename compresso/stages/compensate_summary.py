@@ -1,0 +1,44 @@
+"""What trained corrections came to, in numbers."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+from compresso.checkpoint.reader import Checkpoint
+from compresso.stages.heal_output import Output
+from compresso.training.model import TrainingModel
+from compresso.training.options import History, TrainOptions
+
+
+def told(
+    history: History, model: TrainingModel, options: TrainOptions, sequences: int
+) -> dict[str, Any]:
+    """What training came to."""
+    steps = len([row for row in history.rows if row["step"]])
+    return {
+        "trained_parameters": model.trained_parameters(),
+        "steps": steps,
+        "tokens_seen": history.tokens,
+        "epochs": steps * options.sequences / sequences,
+        "best_step": history.best_step,
+        "ended": history.ended,
+        "tokens_per_second": history.tokens_per_second,
+    }
+
+
+def recovered(original: float, history: History, after: float) -> dict[str, float]:
+    """Perplexities of the held-out sequences, and the share of what was lost that came back."""
+    before = history.heldout(0)["heldout_ppl"]
+    found = {"ppl_original": original, "ppl_before": before, "ppl_after": after}
+    if before > original:
+        found["recovered"] = log(before / after) / log(before / original)
+    return found
+
+
+def sizes(source: Checkpoint, output: Output) -> dict[str, int]:
+    """Stored bytes of the source, and of its adapter."""
+    size = source.dtype.itemsize
+    factors = (output.factors or {}).values()
+    added = sum(size * (one.up.numel() + one.down.numel()) for one in factors)
+    return {"bytes_before": source.stored_bytes, "bytes_added": added}

@@ -1,0 +1,284 @@
+"""Train corrections of low rank so that the whole model comes near its original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from compresso.calibration.data import Calibration
+from compresso.calibration.opening import open_adapter
+from compresso.checkpoint.kept import KeptState
+from compresso.checkpoint.proof import Fingerprint
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.compensate_settings import RilqSettings
+from compresso.errors import CheckpointError, ConfigError
+from compresso.models.adapter import ModelAdapter
+from compresso.recipe import Step
+from compresso.report import Report
+from compresso.runtime import Runtime
+from compresso.stages.compensate_plan import check_no_adapter
+from compresso.stages.compensate_pooled import groups_of, write_pooled
+from compresso.stages.compensate_start import check_start, eora_start
+from compresso.stages.compensate_summary import recovered, sizes, told
+from compresso.stages.heal_choice import Trained
+from compresso.stages.heal_measure import measure
+from compresso.stages.heal_memory import Load, decide_checkpointing
+from compresso.stages.heal_output import Output, of_corrections, write_output
+from compresso.stages.original import original_of
+from compresso.stages.plots import wants_plot
+from compresso.stages.training_plot import write_training
+from compresso.stages.whole_model import own_linears, training_dtype
+from compresso.training.loop import train
+from compresso.training.model import TrainingModel
+from compresso.training.objectives import MixedObjective, Shares
+from compresso.training.options import History, TrainOptions
+from compresso.training.teacher import Wanted, open_teacher
+
+# Linears that get the same kind of correction: its rank, and the inputs that it adds up first.
+_Kind = tuple[list[str], int, int | None]
+
+
+def rilq(
+    source: Checkpoint,
+    step: Step,
+    calibration: Calibration | None,
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> Report:
+    """Train a correction of every linear on what the whole model says beside its original.
+
+    What is made small is the squared difference of the states that the head reads and the error of
+    the next token (`rilq`), or the divergence of the scores and that error (`lrec`). A share of the
+    sequences is held out: the corrections with the least held-out loss are what is written. A
+    restarted run goes on from the last state that was kept.
+
+    Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
+    parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of
+    what is written on the held-out sequences, and the share of the lost log-perplexity that came
+    back. Training ended by these sequences, so other text may gain a little less.
+
+    Peak memory: the whole model, the corrections five times in float32, and what the sequences run
+    at once leave behind in all blocks; the original one block at a time, unless it is resident.
+
+    Source: Lee et al., arXiv:2412.01129 (RILQ); Chai et al., arXiv:2306.08162 (INT2.1), of whose
+    loss no more is told.
+    """
+    assert calibration is not None
+    work = _Work(source, step, _split(calibration, step.settings), target, runtime)
+    return work.run()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Sequences to learn from, (N, T) int64, and to judge by, (M, T). micro: run at once."""
+
+    data: Tensor
+    heldout: Tensor
+    micro: int
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The held-out ones, as many at a time as are run at once."""
+        return list(self.heldout.split(self.micro))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One run."""
+
+    source: Checkpoint
+    step: Step
+    text: _Text
+    target: CheckpointWriter
+    runtime: Runtime
+
+    def run(self) -> Report:
+        """See `rilq`."""
+        source, settings, report = self.source, self.step.settings, Report()
+        _check(source, settings)
+        original = original_of(
+            source, settings.original, trust_remote_code=self.runtime.trust_remote_code
+        )
+        history, output = self._train(original, report)
+        healed = self._write(output, report)
+        perplexity, report.fingerprint = self._measure(healed, "result")
+        first, _ = self._measure(original, "original")
+        report.summary |= recovered(first, history, perplexity)
+        self._show(history, report, original=first)
+        return report
+
+    def _write(self, output: Output, report: Report) -> Checkpoint:
+        """Commit all parts, as the settings ask; what a reader of the output will find."""
+        source, settings = self.source, self.step.settings
+        adapter = open_adapter(source, self.runtime)
+        report.carried = adapter.unmapped_tensors()
+        if settings.pooled:
+            assert output.factors is not None
+            pooled = write_pooled(adapter, source, output.factors, self.target)
+            report.config, report.expected = pooled.config, pooled.names
+            return pooled.changed(source)
+        write_output(adapter, source, output, self.target)
+        report.adapter = output.factors
+        report.config, report.expected = source.config, source.names()
+        report.summary |= sizes(source, output)
+        return output.changed(source)
+
+    def _train(self, original: Checkpoint, report: Report) -> tuple[History, Output]:
+        """What training came to, and what of it is to be written."""
+        source, settings, text = self.source, self.step.settings, self.text
+        adapter = open_adapter(source, self.runtime, dtype=training_dtype(source, self.runtime))
+        paths = own_linears(adapter)
+        kinds = list(self._kinds(paths))
+        shares = self._shares()
+        wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
+        teacher = open_teacher(
+            original,
+            torch.cat((text.data, text.heldout)),
+            wanted,
+            place=settings.teacher,
+            directory=self.target.partial / WORK,
+            runtime=self.runtime,
+        )
+        options = self._options(adapter, paths)
+        with teacher, TrainingModel(adapter, source) as model:
+            history = train(
+                model,
+                self._corrections(model, kinds, original),
+                MixedObjective(shares, teacher),
+                text.data,
+                text.heldout,
+                options,
+                store=self._store,
+                title=self.step.method,
+            )
+            report.summary |= told(history, model, options, len(text.data))
+            if settings.pooled:
+                return history, Output(factors=model.low_ranks())
+            merge = not source.packed and settings.merge is not False
+            return history, of_corrections(model, source, merge=merge)
+
+    @property
+    def _store(self) -> KeptState:
+        return KeptState(self.target.partial / WORK)
+
+    def _shares(self) -> Shares:
+        """What the parts of the loss count."""
+        own = self.step.settings.next_token
+        if self.step.method == "lrec":
+            return Shares(next_token=own, divergence=1 - own)
+        return Shares(next_token=own, hidden=1 - own)
+
+    def _corrections(
+        self, model: TrainingModel, kinds: list[_Kind], original: Checkpoint
+    ) -> list[nn.Parameter]:
+        settings = self.step.settings
+        start = None
+        if settings.start == "eora":
+            start = eora_start(
+                self.source,
+                original,
+                list(self.text.data.split(self.text.micro)),
+                settings.rank,
+                self.runtime,
+                store=self._store,
+            )
+        parameters: list[nn.Parameter] = []
+        for paths, rank, pooled in kinds:
+            parameters += model.add_low_rank(
+                paths, rank, seed=settings.seed, start=start, pooled=pooled
+            )
+        return parameters
+
+    def _kinds(self, paths: list[str]) -> Iterator[_Kind]:
+        """The linears by kind of correction."""
+        rank: int = self.step.settings.rank
+        if not self.step.settings.pooled:
+            yield paths, rank, None
+            return
+        groups = groups_of(self.source, paths)
+        for kind in dict.fromkeys(groups.values()):
+            # A rank above the number of sums adds nothing.
+            yield [p for p in paths if groups[p] == kind], min(rank, kind.count), kind.size
+
+    def _options(self, adapter: ModelAdapter, paths: list[str]) -> TrainOptions:
+        settings = self.step.settings
+        load = Load(
+            sequences=min(self.text.micro, settings.sequences),
+            length=self.text.data.shape[1],
+            rank=settings.rank,
+            packed=False,
+        )
+        moved = Trained(linears=paths)
+        again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
+        return TrainOptions(
+            steps=settings.steps,
+            sequences=settings.sequences,
+            micro=load.sequences,
+            rate=settings.rate,
+            warmup=ceil(settings.warmup * settings.steps),
+            schedule=settings.schedule,
+            evaluate_every=settings.evaluate_every,
+            patience=settings.patience,
+            seed=settings.seed,
+            checkpointing=again,
+        )
+
+    def _measure(self, checkpoint: Checkpoint, what: str) -> tuple[float, Fingerprint]:
+        """Perplexity of the held-out sequences, and the probe."""
+        return measure(
+            checkpoint,
+            self.text.batches,
+            self.runtime,
+            spill_dir=self.target.partial,
+            title=f"{self.step.method}: {what}",
+        )
+
+    def _show(self, history: History, report: Report, *, original: float) -> None:
+        """Rows, the table of all steps and the picture."""
+        report.rows = [row for row in history.rows if "heldout_loss" in row]
+        report.files |= write_training(
+            history,
+            self.target.partial,
+            original=original,
+            title=f"{self.step.name} of {self.source.path.name}",
+            draws=wants_plot(self.step.settings.plot),
+        )
+
+
+def _split(calibration: Calibration, settings: RilqSettings) -> _Text:
+    """The first sequences to learn from, and the last to judge by.
+
+    Raises CheckpointError if they are too few.
+    """
+    sequences = torch.cat(calibration.batches)
+    heldout = max(1, round(settings.heldout_share * len(sequences)))
+    left = len(sequences) - heldout
+    if left < settings.sequences:
+        raise CheckpointError(
+            f"`{calibration.record['dataset']}` gives {left} sequences to learn from, beside"
+            f" {heldout} to judge by: fewer than the {settings.sequences} of one step",
+            hint="pass a larger `--nsamples`, or a smaller `--sequences`",
+        )
+    return _Text(sequences[:left], sequences[left:], len(calibration.batches[0]))
+
+
+def _check(source: Checkpoint, settings: RilqSettings) -> None:
+    """Raises ConfigError if corrections cannot be stored as the settings ask."""
+    check_no_adapter(source)
+    if settings.pooled and (settings.merge is False or settings.start == "eora"):
+        given = "--no-merge" if settings.merge is False else "--start eora"
+        raise ConfigError(f"`{given}` does not go with `--pooled`", hint=f"leave out `{given}`")
+    if settings.pooled:
+        return
+    if settings.start == "eora":
+        check_start(source)
+    if settings.merge and source.packed:
+        raise ConfigError(
+            f"corrections cannot be added to the packed weights of `{source.path}`",
+            hint="leave out `--merge`: they become an adapter; or pass `--pooled`",
+        )

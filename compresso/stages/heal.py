@@ -1,0 +1,290 @@
+"""Train a model briefly, to give back what compression took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from math import log as natural
+from typing import Any
+
+from torch import nn
+
+from compresso.calibration.data import Calibration
+from compresso.calibration.generated import Author
+from compresso.calibration.opening import open_adapter
+from compresso.checkpoint.changed import ChangedCheckpoint
+from compresso.checkpoint.kept import KeptState
+from compresso.checkpoint.proof import Fingerprint
+from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.errors import ConfigError
+from compresso.heal_settings import DEFAULT_STEPS
+from compresso.models.adapter import ModelAdapter
+from compresso.recipe import Step
+from compresso.report import Report
+from compresso.runtime import Runtime, log
+from compresso.stages.compensate_summary import told
+from compresso.stages.heal_choice import Trained, draw, trained
+from compresso.stages.heal_measure import measure
+from compresso.stages.heal_memory import Load, decide_checkpointing
+from compresso.stages.heal_output import Output, of_corrections, write_output
+from compresso.stages.heal_text import Text, find_original, load_text, open_objective
+from compresso.stages.plots import wants_plot
+from compresso.stages.training_plot import write_training
+from compresso.stages.whole_model import training_dtype
+from compresso.training.loop import train
+from compresso.training.model import TrainingModel
+from compresso.training.options import History, TrainOptions
+from compresso.training.processes import Processes, join
+
+MANY_EPOCHS = 8
+# Largest learning rates, where the user names none.
+RATES = {"lora": 1e-3, "qlora": 1e-3, "norms": 1e-3}
+RATE_OF_WEIGHTS = 1e-4
+WORTH_COMPILING = 200  # steps
+
+
+def heal(
+    source: Checkpoint,
+    step: Step,
+    calibration: Calibration | None,
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> Report:
+    """Train what the method says, and write the model with the least held-out loss.
+
+    What is not trained is stored as it was, bit for bit. A restarted run goes on from the last
+    state that was kept.
+
+    Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
+    parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of
+    what is written, and the share of the lost log-perplexity that came back.
+
+    Peak memory: the whole model, what is trained five times in float32, and what the sequences run
+    at once leave behind in all blocks.
+    """
+    assert calibration is not None
+    drawing = wants_plot(step.settings.plot)
+    report, processes = Report(), join(runtime.device)
+    original = find_original(source, step, report.warnings)
+    with processes.first_alone():
+        author = Author(original or source, runtime, target.target.parent)
+        text = load_text(calibration, step, source, author)
+    work = _Work(source, step, text, target, runtime, report)
+    if processes.first:
+        work.measure_original(original)
+    history, output = work.train(original, processes)
+    if processes.first:
+        work.write(output)
+        work.tell(history, drawing=drawing)
+    return report
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One heal run."""
+
+    source: Checkpoint
+    step: Step
+    text: Text
+    target: CheckpointWriter
+    runtime: Runtime
+    report: Report
+
+    def train(self, original: Checkpoint | None, processes: Processes) -> tuple[History, Output]:
+        """What training came to, and what of it is to be written."""
+        source, step = self.source, self.step
+        _check(source, step)
+        # Corrections that are there already are trained on, so weights come without them.
+        base = ChangedCheckpoint(source) if source.adapter is not None else source
+        adapter = open_adapter(base, self.runtime, dtype=training_dtype(source, self.runtime))
+        moved = trained(adapter, source, step)
+        options = self._options(adapter, moved, processes)
+        directory = self.target.partial / WORK
+        model = TrainingModel(adapter, base, packed=step.method == "qlora")
+        teaching = open_objective(source, original, step, self.text, directory, self.runtime)
+        with teaching as objective, model:
+            history = train(
+                model,
+                self._parameters(model, moved),
+                objective,
+                self.text.data,
+                self.text.heldout,
+                options,
+                store=KeptState(directory, writes=processes.first),
+                choose=self._draws(moved),
+                processes=processes,
+                title="heal",
+            )
+            self._sum_up(moved, model, history, options)
+            if not moved.linears:
+                return history, Output(model.trained_tensors())
+            merge = not source.packed and step.settings.merge is not False
+            return history, of_corrections(model, source, merge=merge)
+
+    def measure_original(self, original: Checkpoint | None) -> None:
+        """Say what the held-out text is to the original, if there is one."""
+        if original is not None:
+            found, _ = self._measure(original, "original")
+            self.report.summary["ppl_original"] = found
+            log(f"heal: held-out perplexity of the original: {found:.4g}")
+
+    def write(self, output: Output) -> None:
+        """Commit all parts; measure what they make up."""
+        report, source = self.report, self.source
+        healed = output.changed(source)
+        report.summary["ppl_healed"], report.fingerprint = self._measure(healed, "result")
+        adapter = open_adapter(source, self.runtime)
+        report.summary["unchanged_tensors"] = write_output(adapter, source, output, self.target)
+        report.adapter = output.factors
+        report.config = source.config
+        report.expected = source.names()
+        report.carried = adapter.unmapped_tensors()
+
+    def tell(self, history: History, *, drawing: bool) -> None:
+        """Say how it went, once the result is measured."""
+        report = self.report
+        perplexities = _perplexities(report.summary, history)
+        report.summary = perplexities | report.summary | {"heldout": self.text.record}
+        report.rows = [row for row in history.rows if "heldout_loss" in row]
+        report.files |= write_training(
+            history,
+            self.target.partial,
+            original=perplexities.get("ppl_original"),
+            title=f"{self.step.name} of {self.source.path.name}",
+            draws=drawing,
+        )
+
+    def _measure(self, checkpoint: Checkpoint, what: str) -> tuple[float, Fingerprint]:
+        return measure(
+            checkpoint,
+            self.text.batches,
+            self.runtime,
+            spill_dir=self.target.partial,
+            title=f"heal: {what}",
+        )
+
+    def _parameters(self, model: TrainingModel, moved: Trained) -> list[nn.Parameter]:
+        settings: Any = self.step.settings
+        if not moved.linears:
+            return model.train_tensors(moved.tensors)
+        start = self.source.adapter
+        return model.add_low_rank(
+            moved.linears,
+            settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            start=None if start is None else start.load(moved.linears),
+        )
+
+    def _draws(self, moved: Trained) -> Any:
+        if not moved.drawn:
+            return None
+        settings: Any = self.step.settings
+
+        def choose(step: int) -> list[int]:
+            return draw(
+                moved,
+                active=settings.active,
+                interval=settings.interval,
+                seed=settings.seed,
+                step=step,
+            )
+
+        return choose
+
+    def _options(self, adapter: ModelAdapter, moved: Trained, processes: Processes) -> TrainOptions:
+        settings: Any = self.step.settings
+        per_step = settings.sequences * self.text.data.shape[1]
+        steps = settings.steps or DEFAULT_STEPS
+        if settings.tokens is not None:
+            steps = max(1, settings.tokens // per_step)
+        load = Load(
+            sequences=min(self.text.micro, settings.sequences),
+            length=self.text.data.shape[1],
+            rank=getattr(settings, "rank", 0),
+            packed=self.step.method == "qlora",
+            processes=processes.count,
+            sharded=processes.sharded,
+        )
+        again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
+        return TrainOptions(
+            steps=steps,
+            sequences=settings.sequences,
+            micro=load.sequences,
+            rate=settings.rate or RATES.get(self.step.method, RATE_OF_WEIGHTS),
+            warmup=ceil(settings.warmup * steps),
+            schedule=settings.schedule,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            evaluate_every=settings.evaluate_every,
+            patience=settings.patience,
+            seed=settings.seed,
+            checkpointing=again,
+            compile=_compiles(settings.compile, adapter, steps, packed=load.packed),
+        )
+
+    def _sum_up(
+        self, moved: Trained, model: TrainingModel, history: History, options: TrainOptions
+    ) -> None:
+        """What training came to, for the report."""
+        report = self.report
+        found = told(history, model, options, len(self.text.data))
+        report.summary |= found
+        report.summary |= {
+            "blocks_run_again": options.checkpointing,
+            "compiled": options.compile,
+        }
+        if moved.drawn:
+            report.summary["optimizer_memory"] = "begins anew for blocks that are drawn"
+        if history.ended == "diverged":
+            report.warnings.append(
+                f"the loss was not finite at step {found['steps']}: this is the state after step"
+                f" {history.best_step}"
+            )
+        if found["epochs"] > MANY_EPOCHS:
+            report.warnings.append(
+                f"the text was read {found['epochs']:.0f} times: more of it (`--nsamples`) heals"
+                " better"
+            )
+        if not history.best_step:
+            report.warnings.append("training never lowered the held-out loss: nothing has changed")
+
+
+def _compiles(asked: str, adapter: ModelAdapter, steps: int, *, packed: bool) -> bool:
+    """Whether blocks are compiled.
+
+    "auto" does so on a GPU, for as many steps as make up for the minutes it takes. On a CPU it was
+    measured to gain 5 % for corrections and nothing for weights. Codes are decoded by code that
+    the compiler cannot follow.
+    """
+    if asked != "auto":
+        return asked == "on"
+    return adapter.device.type == "cuda" and steps >= WORTH_COMPILING and not packed
+
+
+def _check(source: Checkpoint, step: Step) -> None:
+    settings: Any = step.settings
+    if step.method == "qlora" and not source.packed:
+        raise ConfigError(
+            f"`qlora` trains beside codes, but the weights of `{source.path}` are dense",
+            hint="quantize first, or use `--method lora`",
+        )
+    if getattr(settings, "merge", None) and source.packed:
+        raise ConfigError(
+            f"corrections cannot be merged into the codes of `{source.path}`",
+            hint="leave out `--merge`: they become an adapter",
+        )
+
+
+def _perplexities(summary: dict[str, Any], history: History) -> dict[str, float]:
+    """Those of the held-out text, and the share of what was lost that came back."""
+    before, healed = history.heldout(0)["heldout_ppl"], summary["ppl_healed"]
+    found = {"ppl_unhealed": before, "ppl_healed": healed}
+    if (original := summary.get("ppl_original")) is None:
+        return found
+    found = {"ppl_original": original, **found}
+    if before > original:
+        found["recovered"] = natural(before / healed) / natural(before / original)
+    return found

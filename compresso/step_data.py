@@ -1,0 +1,74 @@
+"""The token batches that a step reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compresso import registry
+from compresso.calibration.data import Calibration, load_calibration, load_heldout
+from compresso.calibration.generated import SELF, Author
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.provenance import lineage
+from compresso.recipe import Step
+from compresso.runtime import Runtime, log
+from compresso.settings import CalibrationSettings
+
+
+def load_data(
+    step: Step,
+    source: Checkpoint,
+    calibration: CalibrationSettings,
+    runtime: Runtime,
+    directory: Path,
+) -> Calibration | None:
+    """The token batches a step reads: calibration text, or for `eval` the held-out text.
+
+    directory: where what the model wrote itself is kept, if it writes any.
+    """
+    trust = runtime.trust_remote_code
+    reads = step.settings if step.stage == "eval" else calibration
+    author = None
+    if reads.dataset == SELF:
+        author = Author(author_of(step, source), runtime, directory)
+    if step.stage == "eval":
+        held_out = CalibrationSettings(
+            dataset=step.settings.dataset,
+            samples=step.settings.samples or CalibrationSettings.samples,
+            length=step.settings.length,
+            seed=step.settings.seed,
+        )
+        whole = step.settings.samples is None
+        data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust, author=author)
+    elif registry.method(step.stage, step.method).calibrated:
+        data = load_calibration(
+            calibration,
+            source,
+            keep_back=registry.stage(step.stage).trains,
+            trust_remote_code=trust,
+            author=author,
+        )
+    else:
+        return None
+    used = data.record
+    log(
+        f"{step.name}: {used['sequences_used']} sequences of {used['length']} tokens of"
+        f" `{used['dataset']}`, {used['split']}"
+    )
+    return data
+
+
+def original_named(step: Step) -> str | None:
+    """What the user named as the original for a step, if anything."""
+    return getattr(step.settings, "original", None) or getattr(step.settings, "against", None)
+
+
+def author_of(step: Step, source: Checkpoint) -> Checkpoint:
+    """Who writes the text of `--dataset self`: the original, or `source` where that is gone."""
+    if (named := original_named(step)) is not None:
+        return open_checkpoint(named)
+    first = lineage(source)[0]
+    if first.key != source.key and first.path.is_dir():
+        original = Checkpoint(first.path)
+        if original.key == first.key:
+            return original
+    return source

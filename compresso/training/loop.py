@@ -1,0 +1,214 @@
+"""Move parameters of a whole model against the gradient of an objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import exp, inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresso.errors import NumericalError
+from compresso.runtime import log, track
+from compresso.training.model import TrainingModel
+from compresso.training.optimizer import Optimizer
+from compresso.training.options import NEXT_TOKEN, History, Objective, Store, TrainOptions
+from compresso.training.order import rows_of_step
+from compresso.training.processes import ALONE, Processes, like, whole
+from compresso.training.share import Share
+
+__all__ = ["History", "Objective", "Store", "TrainOptions", "train"]
+
+STATE = "training"
+SECONDS_BETWEEN_SAVES = 60.0
+
+Choose = Callable[[int], Sequence[int]]
+
+
+def train(
+    model: TrainingModel,
+    parameters: Sequence[nn.Parameter],
+    objective: Objective,
+    data: Tensor,
+    heldout: Tensor,
+    options: TrainOptions,
+    *,
+    store: Store | None = None,
+    choose: Choose | None = None,
+    processes: Processes = ALONE,
+    title: str = "train",
+) -> History:
+    """Train, and leave the model in the state in which its held-out loss was least.
+
+    parameters: those to move, float32. data: sequences to learn from, (N, T) int64. heldout: others
+                to judge by, (M, T) int64.
+    store:      where the state is kept, to go on from after a kill; on a CPU the result is the same
+                to the bit.
+    choose:     which of the parameters, by number, a step moves, from 0; all of them if None. Those
+                that the step before did not move begin without what the optimizer remembers.
+    processes:  that train together, all of which call this with the same arguments. The loss is the
+                same to rounding, however many they are.
+    title:      what progress is shown under.
+
+    Raises NumericalError if the loss or a gradient is not finite. The best state is kept then; the
+    next run with the same store ends with it, if it is not the one at the start.
+    """
+    share = Share(model, parameters, objective, options, processes)
+    training = _Training(share, data, heldout, options)
+    training.choose = choose
+    with torch.random.fork_rng(), torch.enable_grad():
+        return training.run(store, title)
+
+
+class _Training:
+    """One training run."""
+
+    def __init__(self, share: Share, data: Tensor, heldout: Tensor, options: TrainOptions) -> None:
+        self._share = share
+        self._sequences = torch.cat((data, heldout))
+        self._available = len(data)
+        self._options = options
+        self._optimizer = Optimizer(share.parameters, options)
+        self._history = History()
+        self._best = self._copy()
+        self._stale = 0  # measurements since the best one
+        self.choose: Choose | None = None
+
+    def run(self, store: Store | None, title: str) -> History:
+        """Train from where the store says, or from the start."""
+        history = self._history
+        kept = store.kept(STATE) if store is not None else None
+        if kept is not None:
+            self._restore(*kept)
+        else:
+            self._evaluate(0, title)
+        begun, saved = len(self._steps()), time.monotonic()
+        ahead = range(begun, self._options.steps) if history.ended == "all steps" else range(0)
+        for step in track(ahead, len(ahead), title):
+            self._step(step)
+            last = step + 1 == self._options.steps
+            if last or (step + 1) % self._options.evaluate_every == 0:
+                self._evaluate(step + 1, title)
+            stop = history.ended != "all steps"
+            late = self._share.processes.agree(time.monotonic() - saved > SECONDS_BETWEEN_SAVES)
+            if store is not None and (last or stop or late):
+                store.keep(STATE, *self._state())
+                saved = time.monotonic()
+            if stop:
+                break
+        if history.ended == "diverged" and (kept is None or len(ahead) or not history.best_step):
+            raise _diverged(history, len(self._steps()))
+        self._put(self._best)
+        return history
+
+    def _steps(self) -> list[dict[str, float]]:
+        """The rows of all steps so far."""
+        return [row for row in self._history.rows if row["step"]]
+
+    def _step(self, step: int) -> None:
+        """Move the parameters once, unless a number is not finite."""
+        options, history, started = self._options, self._history, time.perf_counter()
+        moved = self._choose(step)
+        rows = rows_of_step(
+            step, sequences=options.sequences, available=self._available, seed=options.seed
+        )
+        self._share.model.training(True)
+        found = self._share.measure(self._sequences, rows, step, backward=True)
+        self._share.model.training(False)
+        self._share.add_gradients(moved)
+        gradient = self._optimizer.clip(moved)
+        if isfinite(found["loss"]) and isfinite(gradient):
+            self._optimizer.move(moved, options.rate_at(step))
+        else:
+            history.ended = "diverged"
+        history.seconds += time.perf_counter() - started
+        history.tokens += options.sequences * self._sequences.shape[1]
+        row = {"step": step + 1, "tokens": history.tokens, **found}
+        history.rows.append(row | {"rate": options.rate_at(step), "gradient": gradient})
+
+    def _choose(self, step: int) -> list[int]:
+        """The parameters that a step moves; the optimizer forgets about the others."""
+        everything = list(range(len(self._share.parameters)))
+        if self.choose is None:
+            return everything
+        moved = list(self.choose(step))
+        resting = sorted({*everything} - {*moved})
+        self._optimizer.forget(resting)
+        self._share.only(moved)
+        return moved
+
+    def _evaluate(self, step: int, title: str) -> None:
+        """Measure the held-out loss, and keep the state if it is the best."""
+        rows = list(range(self._available, len(self._sequences)))
+        with torch.no_grad():
+            found = self._share.measure(self._sequences, rows, step, backward=False)
+        history = self._history
+        measured = {f"heldout_{name}": value for name, value in found.items()}
+        if NEXT_TOKEN in found:
+            measured["heldout_ppl"] = exp(min(found[NEXT_TOKEN], 700.0))
+        if not history.rows or history.rows[-1]["step"] != step:
+            history.rows.append({"step": step, "tokens": history.tokens})
+        history.rows[-1] |= measured
+        best = history.heldout(history.best_step)["heldout_loss"] if step else inf
+        if not isfinite(found["loss"]):
+            history.ended = "diverged"
+        elif found["loss"] < best:
+            history.best_step, self._stale = step, 0
+            self._best = self._copy()
+        else:
+            self._stale += 1
+            if self._options.patience and self._stale >= self._options.patience:
+                history.ended = "no further gain"
+        log(_line(title, history))
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._share.parameters]
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._share.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that changes from step to step. All processes have to ask, if it is split."""
+        tensors, moves = self._optimizer.state()
+        for kind, values in (("value", self._copy()), ("best", self._best)):
+            tensors |= {f"{kind}.{number}": whole(value) for number, value in enumerate(values)}
+        history = {name: getattr(self._history, name) for name in vars(self._history)}
+        return tensors, {"moves": moves, "stale": self._stale, "history": history}
+
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        for number, parameter in enumerate(self._share.parameters):
+            with torch.no_grad():
+                parameter.copy_(like(parameter, tensors[f"value.{number}"]))
+            self._best[number] = like(parameter, tensors[f"best.{number}"])
+        self._optimizer.restore(tensors, values["moves"])
+        self._stale = values["stale"]
+        for name, value in values["history"].items():
+            setattr(self._history, name, value)
+
+
+def _line(title: str, history: History) -> str:
+    """What is said of the last measurement."""
+    row, first = history.rows[-1], history.rows[0]
+    said = [f"loss {row['loss']:.4f}"] if "loss" in row else []
+    said.append(f"held out {row['heldout_loss']:.4f}")
+    if "heldout_ppl" in row:
+        before = "" if row is first else f" (at first {first['heldout_ppl']:.4g})"
+        said.append(f"perplexity {row['heldout_ppl']:.4g}{before}")
+    if history.seconds:
+        said.append(f"{history.tokens_per_second:,.0f} tokens/s")
+    return f"{title}: after step {row['step']}: {', '.join(said)}"
+
+
+def _diverged(history: History, steps: int) -> NumericalError:
+    lower = "a lower `--rate`"
+    if not history.best_step:
+        return NumericalError(f"the loss is not finite at step {steps}", hint=f"use {lower}")
+    return NumericalError(
+        f"the loss is not finite at step {steps}; the state after step {history.best_step}, the"
+        " best, is kept",
+        hint=f"run the same command again to write that, or use {lower}",
+    )

@@ -1,0 +1,255 @@
+"""Corrections trained on the whole model: what they gain, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from restructured import STRUCTURES, save
+from tiny_models import build, tokens
+
+from compresso import config
+from compresso.calibration.opening import open_adapter
+from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import CheckpointError, ConfigError, Interrupted, NumericalError
+from compresso.models.structure import structure_of
+from compresso.recipe import make_step
+from compresso.run import run_step
+from compresso.runtime import make_runtime
+from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.stages.whole_model import own_linears
+from compresso.training import loop
+
+RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
+# Of random tokens there is nothing to learn, but of the original there is.
+FAST = {
+    "steps": 20,
+    "sequences": 4,
+    "rate": 1e-2,
+    "evaluate_every": 10,
+    "rank": 4,
+    "next_token": 0.0,
+}
+
+
+def run(source, target, stage="compensate", runtime=RUNTIME, samples=16, **values):
+    step = make_step(stage, values, where="test")
+    text = target.parent / "tokens.npy"
+    np.save(text, tokens(16, 24, seed=5).numpy())
+    data = {"dataset": str(text), "samples": samples, "batch_size": 4}
+    calibration = config.build(CalibrationSettings, data, where="test")
+    return run_step(step, source, calibration, target, runtime)
+
+
+def trained(source, target, method="rilq", **values):
+    return run(source, target, method=method, **FAST | values)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A tiny model of a family in 2 bits, made once."""
+    made = {}
+
+    def quantized_of(family):
+        if family not in made:
+            path = tmp_path_factory.mktemp("quantized") / family
+            build(family).save_pretrained(path / "original")
+            source = Checkpoint(path / "original")
+            method = "hqq" if family == "gpt2" else "rtn"  # which its linears can be packed as
+            values = {"method": method, "bits": 2, "group_size": 16}
+            run(source, path / "packed", stage="quantize", **values)
+            made[family] = Checkpoint(path / "packed")
+        return made[family]
+
+    return quantized_of
+
+
+def stored(checkpoint):
+    return {name: checkpoint.load([name])[name] for name in checkpoint.names()}
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), [("rilq", "llama"), ("lrec", "gpt2"), ("rilq", "gemma2")]
+)
+def test_an_adapter_comes_beside_packed_weights(quantized, method, family, tmp_path):
+    source = quantized(family)
+    report = trained(source, tmp_path / "out", method).report
+    written = Checkpoint(tmp_path / "out")
+    assert same(stored(written), stored(source))
+    assert written.adapter.paths == sorted(own_linears(open_adapter(source, RUNTIME)))
+    assert set(written.adapter.ranks.values()) == {4}
+    rows = report.rows
+    assert [row["step"] for row in rows] == [0, 10, 20]
+    assert rows[-1]["heldout_loss"] < 0.98 * rows[0]["heldout_loss"]
+    part = {"rilq": "heldout_hidden", "lrec": "heldout_divergence"}[method]
+    assert rows[-1][part] < rows[0][part]
+    assert report.summary["bytes_added"] == written.stored_bytes - source.stored_bytes
+    assert (tmp_path / "out" / "training.csv").read_text().count("\n") == 22
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_it_begins_as_the_source_and_ends_as_what_is_written(quantized, tmp_path):
+    """Held-out numbers against whole stock models that have the written weights."""
+    source = quantized("llama")
+    report = trained(source, tmp_path / "out").report
+    heldout = tokens(16, 24, seed=5)[-3:]
+
+    def perplexity(checkpoint):
+        model = build("llama")
+        model.load_state_dict(checkpoint.load_weights(checkpoint.weight_names()), strict=False)
+        return model(heldout, labels=heldout).loss.exp().item()
+
+    original = Checkpoint(source.path.parent / "original")
+    summary = report.summary
+    assert summary["ppl_before"] == pytest.approx(perplexity(source), rel=1e-4)
+    assert summary["ppl_after"] == pytest.approx(perplexity(Checkpoint(tmp_path / "out")), rel=1e-4)
+    assert summary["ppl_original"] == pytest.approx(perplexity(original), rel=1e-4)
+    found = [np.log(summary[f"ppl_{name}"]) for name in ("before", "after", "original")]
+    assert summary["recovered"] == pytest.approx((found[0] - found[1]) / (found[0] - found[2]))
+    assert summary["tokens_seen"] == 20 * 4 * 24 and summary["epochs"] == pytest.approx(80 / 13)
+
+
+@pytest.mark.parametrize("kind", ["both kinds", "shared", "corrected"])
+def test_dense_models_take_corrections_in_their_weights(kind, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "original")
+    source = save(model, STRUCTURES[kind], tmp_path / "source")
+    given = {"original": str(tmp_path / "original")}
+    report = trained(source, tmp_path / "out", "lrec", **given).report
+    written = Checkpoint(tmp_path / "out")
+    assert written.adapter is None and structure_of(written.config) == STRUCTURES[kind]
+    paths = own_linears(open_adapter(source, RUNTIME))
+    before, after = stored(source), stored(written)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {f"{path}.weight" for path in paths}
+    for name in changed:
+        difference = after[name] - before[name]
+        assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 4
+    rows = report.rows
+    assert rows[-1]["heldout_loss"] < 0.98 * rows[0]["heldout_loss"]
+    assert report.summary["bytes_added"] == 0
+
+
+def test_dense_models_can_keep_an_adapter(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "original")
+    source = save(model, STRUCTURES["both kinds"], tmp_path / "source")
+    given = {"original": str(tmp_path / "original"), "merge": False}
+    trained(source, tmp_path / "out", "lrec", **given)
+    written = Checkpoint(tmp_path / "out")
+    assert same(stored(written), stored(source)) and written.adapter is not None
+
+
+def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
+    source = quantized("llama")
+    still = {"steps": 1, "rate": 1e-6}
+    plain = trained(source, tmp_path / "plain", **still).report
+    begun = trained(source, tmp_path / "begun", start="eora", **still).report
+    eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4, match=1.0)
+    losses = [report.rows[0]["heldout_loss"] for report in (plain, begun)]
+    assert losses[1] < 0.99 * losses[0]
+    written = [Checkpoint(tmp_path / name) for name in ("begun", "eora")]
+    factors = [one.adapter.load(one.adapter.paths) for one in written]
+    for path, expected in factors[1].items():
+        found = factors[0][path].product()
+        assert (found - expected.product()).norm() < 1e-3 * expected.product().norm(), path
+    assert eora.report.rows[0]["rank"] == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pooled_corrections_end_up_in_the_zeros(quantized, family, tmp_path):
+    """Codes and scales stay, no adapter is left, and training gained what is written."""
+    source = quantized(family)
+    report = trained(source, tmp_path / "out", pooled=True, rate=2e-3).report
+    written = Checkpoint(tmp_path / "out")
+    assert written.adapter is None and "bytes_added" not in report.summary
+    paths = own_linears(open_adapter(source, RUNTIME))
+    assert set(written.packing.shapes) == set(paths)
+    for path in paths:
+        before, after = (
+            one.packing.uniform(path, one.load(one.packing.names(path)))
+            for one in (source, written)
+        )
+        assert torch.equal(before.codes, after.codes)
+        before, after = getattr(before, "grid", before), getattr(after, "grid", after)
+        assert torch.equal(before.scale, after.scale)
+        assert not torch.equal(before.zero, after.zero)
+        change = (before.zero - after.zero) * after.scale
+        assert torch.linalg.matrix_rank(change, rtol=1e-3) <= 4
+    rows = report.rows
+    assert rows[-1]["heldout_loss"] < 0.99 * rows[0]["heldout_loss"]
+    # Merged is as unmerged: the best state was measured before, this after.
+    best = next(row for row in rows if row["step"] == report.summary["best_step"])
+    assert report.summary["ppl_after"] == pytest.approx(best["heldout_ppl"], rel=1e-4)
+
+
+def test_the_teacher_s_place_changes_nothing_but_rounding(quantized, tmp_path):
+    source = quantized("llama")
+    places = ("disk", "resident")
+    found = [trained(source, tmp_path / place, teacher=place).report for place in places]
+    for one, other in zip(*(report.rows for report in found), strict=True):
+        for name, value in one.items():
+            assert value == pytest.approx(other[name], rel=1e-2), name
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_last_state(quantized, tmp_path, monkeypatch):
+    source = quantized("llama")
+    trained(source, tmp_path / "whole")
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
+    steps = []
+    step = loop._Training._step
+
+    def stopped(self, number):
+        steps.append(number)
+        if steps == list(range(14)):
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(loop._Training, "_step", stopped)
+    with pytest.raises(Interrupted):
+        trained(source, tmp_path / "out")
+    trained(source, tmp_path / "out")
+    assert steps == [*range(14), *range(13, 20)]
+    found, expected = (Checkpoint(tmp_path / name).adapter for name in ("out", "whole"))
+    assert found.key == expected.key
+
+
+def test_a_loss_that_is_no_number_ends_with_the_best_state(quantized, tmp_path):
+    source = quantized("llama")
+    wild = {"rate": 1e30, "steps": 20, "evaluate_every": 1, "schedule": "constant"}
+    with pytest.raises(NumericalError, match="the loss is not finite"):
+        trained(source, tmp_path / "out", **wild)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_is_refused(quantized, tmp_path):
+    source = quantized("llama")
+    with pytest.raises(CheckpointError, match=r"gives 2 sequences to learn from, beside 1") as few:
+        trained(source, tmp_path / "out", samples=3)
+    assert "--nsamples" in few.value.hint
+    with pytest.raises(ConfigError, match="cannot be added to the packed weights"):
+        trained(source, tmp_path / "out", merge=True)
+    with pytest.raises(ConfigError, match="`--start eora` does not go with `--pooled`"):
+        trained(source, tmp_path / "out", start="eora", pooled=True)
+    with pytest.raises(ConfigError, match="`--no-merge` does not go with `--pooled`"):
+        trained(source, tmp_path / "out", merge=False, pooled=True)
+    half = make_runtime(RuntimeSettings(dtype="float16", device="cpu"))
+    with pytest.raises(ConfigError, match="gradients do not fit float16"):
+        trained(source, tmp_path / "out", runtime=half)
+    original = {"original": str(source.path.parent / "original")}
+    dense = save(build("llama"), STRUCTURES["shared"], tmp_path / "dense")
+    with pytest.raises(ConfigError, match="has no zeros that could take a correction"):
+        trained(dense, tmp_path / "pooled", pooled=True, **original)
+    with pytest.raises(ConfigError, match="share linears"):
+        trained(dense, tmp_path / "begun", start="eora", **original)
+    trained(source, tmp_path / "first", steps=1)
+    with pytest.raises(ConfigError, match="has an adapter"):
+        trained(Checkpoint(tmp_path / "first"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
