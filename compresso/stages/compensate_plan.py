@@ -10,7 +10,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.compensate_settings import DEFAULT_RANK, EoraSettings
 from compresso.errors import ConfigError
 from compresso.kernels.lowrank import rank_within
-from compresso.models.corrected import CorrectedCheckpoint, is_factor
+from compresso.models.corrected import CorrectedCheckpoint, is_factor, without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, format_bytes, parse_bytes
 from compresso.stages.compensate_forms import Beside, Form, Merged, Within
@@ -42,10 +42,12 @@ def make_plan(
 ) -> Plan:
     """Decide what is corrected and how, and refuse what cannot be.
 
-    Raises ConfigError if the source has an adapter or nothing to correct, or corrections cannot be
-    stored as the settings ask.
+    An adapter that the source has is replaced.
+
+    Raises ConfigError if there is nothing to correct, or corrections cannot be stored as the
+    settings ask.
     """
-    check_no_adapter(source)
+    source = without_adapter(source)
     structure = structure_of(source.config)
     within = bool(structure.shared or structure.rank)
     _check_form(source, settings, within=within)
