@@ -63,7 +63,8 @@ class EoraSettings(MergeableSettings):
         int | None,
         limit(
             ge=1,
-            description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size.",
+            description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size; full"
+            " in a model that was only pruned, where it adds no bytes.",
         ),
     ] = None
     size: Annotated[

@@ -12,7 +12,7 @@ from torch import Tensor
 from compresso.errors import NumericalError
 from compresso.kernels import grid as uniform
 from compresso.kernels.grid import Packed
-from compresso.kernels.lowrank import LowRank, balanced, truncate
+from compresso.kernels.lowrank import OVERSAMPLING, LowRank, balanced, iterated, truncate
 
 LEAST_WEIGHT = 1e-3  # of the root mean square of all, so that what never mattered can be divided by
 
@@ -177,7 +177,10 @@ def _polished(
 
 
 class _Space:
-    """Distances between matrices, and the nearest ones of low rank, by a Fisher matrix."""
+    """Distances between matrices, and the nearest ones of low rank, by a Fisher matrix.
+
+    Of large matrices, each nearest one is sought from that of the matrix before it.
+    """
 
     def __init__(
         self, weight: Tensor, rank: int, dtype: torch.dtype, fisher: Fisher | None
@@ -188,14 +191,18 @@ class _Space:
         self._dtype = dtype
         self._fisher = None if fisher is None else fisher.scaled()
         self._whole = self._square(weight) or 1.0
+        self._exact = 2 * (rank + OVERSAMPLING) > min(weight.shape)
+        self._basis: Tensor | None = None
 
     def fit(self, matrix: Tensor) -> LowRank:
         """The nearest matrix of the rank, its factors rounded."""
-        if (fisher := self._fisher) is None:
-            found = truncate(matrix, self._rank)
+        weighted = self._weighted(matrix)
+        if self._exact:
+            found = truncate(weighted, self._rank)
         else:
-            weighted = truncate(matrix * fisher.rows[:, None] * fisher.columns, self._rank)
-            found = balanced(weighted.up / fisher.rows[:, None], weighted.down / fisher.columns)
+            found, self._basis = iterated(weighted, self._rank, self._basis)
+        if (fisher := self._fisher) is not None:
+            found = balanced(found.up / fisher.rows[:, None], found.down / fisher.columns)
         return LowRank(*(one.to(self._dtype).to(one.dtype) for one in (found.up, found.down)))
 
     def error(self, rest: Tensor) -> float:
@@ -203,9 +210,12 @@ class _Space:
         return self._square(rest) / self._whole
 
     def _square(self, matrix: Tensor) -> float:
-        if (fisher := self._fisher) is not None:
-            matrix = matrix * fisher.rows[:, None] * fisher.columns
-        return matrix.square().sum().item()
+        return self._weighted(matrix).square().sum().item()
+
+    def _weighted(self, matrix: Tensor) -> Tensor:
+        if (fisher := self._fisher) is None:
+            return matrix
+        return matrix * fisher.rows[:, None] * fisher.columns
 
 
 def _scaled(values: Tensor) -> Tensor:

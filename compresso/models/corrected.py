@@ -1,9 +1,10 @@
-"""The same model with room for low-rank corrections of its blocks' linears."""
+"""The same model without its corrections, or with room for those of its blocks' linears."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,11 +18,24 @@ from compresso.models.structure import halves, restructure, structure_of
 DOWN, UP, BIAS = "correction_down.weight", "correction_up.weight", "correction_up.bias"
 
 
-class CorrectedCheckpoint(Checkpoint):
+def without_adapter(source: Checkpoint) -> Checkpoint:
+    """The source as if nothing lay beside its weights."""
+    return source if source.adapter is None else _BareCheckpoint(source.path)
+
+
+class _BareCheckpoint(Checkpoint):
+    """Reads as a checkpoint does, but has no adapter."""
+
+    @cached_property
+    def adapter(self) -> None:
+        """None."""
+
+
+class CorrectedCheckpoint(_BareCheckpoint):
     """Reads as a checkpoint does, but some blocks have corrections, all of them zero.
 
-    Path, provenance and side files are those of the source. Corrections that it has itself are not
-    there.
+    Path, provenance and side files are those of the source. Corrections that it has itself, in its
+    blocks or in an adapter, are not there.
     """
 
     def __init__(

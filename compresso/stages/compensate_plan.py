@@ -10,7 +10,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.compensate_settings import DEFAULT_RANK, EoraSettings
 from compresso.errors import ConfigError
 from compresso.kernels.lowrank import rank_within
-from compresso.models.corrected import CorrectedCheckpoint, is_factor
+from compresso.models.corrected import CorrectedCheckpoint, is_factor, without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, format_bytes, parse_bytes
 from compresso.stages.compensate_forms import Beside, Form, Merged, Within
@@ -42,17 +42,20 @@ def make_plan(
 ) -> Plan:
     """Decide what is corrected and how, and refuse what cannot be.
 
-    Raises ConfigError if the source has an adapter or nothing to correct, or corrections cannot be
-    stored as the settings ask.
+    An adapter that the source has is replaced.
+
+    Raises ConfigError if there is nothing to correct, or corrections cannot be stored as the
+    settings ask.
     """
-    check_no_adapter(source)
+    source = without_adapter(source)
     structure = structure_of(source.config)
     within = bool(structure.shared or structure.rank)
     _check_form(source, settings, within=within)
     pair = Pair.open(source, original, runtime)
     blocks = list(range(pair.adapter.count))
-    if not settings.matched and not source.packed:
-        blocks = [block for block in blocks if pair.differs(block)]
+    changed = blocks if source.packed else [block for block in blocks if pair.differs(block)]
+    if not settings.matched:
+        blocks = changed
     if not blocks:
         raise ConfigError(
             f"every linear of `{source.path}` has the weight that it has in the original",
@@ -67,7 +70,11 @@ def make_plan(
     shapes = _shapes(pair, blocks)
     ranks = None
     if settings.size is None:
-        rank = settings.rank or DEFAULT_RANK
+        # Where no weight was changed, corrections only make up for blocks that are gone, and merged
+        # they are the better the higher their rank; elsewhere that would give back the original.
+        highest = max(max(shape) for shape in shapes.values())
+        free = isinstance(form, Merged) and not changed
+        rank = settings.rank or (highest if free else DEFAULT_RANK)
         ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
     return Plan(pair, [form] * pair.adapter.count, shapes, ranks, budget)
 

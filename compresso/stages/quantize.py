@@ -21,6 +21,7 @@ from compresso.checkpoint.merged import merged
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
+from compresso.kernels.decomposition import Fisher
 from compresso.models.adapter import ModelAdapter
 from compresso.models.rotation import RotatedCheckpoint, rotated
 from compresso.recipe import Step
@@ -73,9 +74,7 @@ def quantize(
     if getattr(settings, "hits_target", False):
         ladder = make_ladder(step.method, settings, source.dtype)
         job = BitJob(settings, adapter, source, calibration, plan.groups, ladder, target, runtime)
-        job = replace(job, elsewhere=_elsewhere(job, plan))
-        by_error = not hasattr(settings, "allocation")
-        choice = choose_by_error(job, fisher or {}) if by_error else choose_bits(job)
+        choice = _choose(replace(job, elsewhere=_elsewhere(job, plan)), fisher)
         plan = replace(plan, bits=choice.bits)
     layout = make_layout(adapter, source, step, plan)
     work = Work(adapter, source, step, plan, layout, fisher)
@@ -122,6 +121,13 @@ def _report(work: Work, target: CheckpointWriter) -> Report:
     factors = [factors_of(target.restore_beside(part) or {}) for part in numbers]
     report.adapter = {path: one for part in factors for path, one in part.items()} or None
     return report
+
+
+def _choose(job: BitJob, fisher: dict[str, Fisher] | None) -> BitChoice:
+    """The bits that hit the target, as the method chooses them."""
+    if hasattr(job.settings, "allocation"):
+        return choose_bits(job)
+    return choose_by_error(job, fisher or {})
 
 
 def _elsewhere(job: BitJob, plan: Plan) -> int | None:

@@ -18,12 +18,12 @@ from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError, NumericalError
 from compresso.kernels.decomposition import Fisher, decompose
 from compresso.kernels.gptq import relative_error
+from compresso.models.corrected import without_adapter
 from compresso.models.structure import structure_of
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.compensate_forms import factor_tensors, with_factors
-from compresso.stages.compensate_plan import check_no_adapter
 from compresso.stages.compensate_result import commit_outside, finished
 from compresso.stages.compensate_work import Done
 from compresso.stages.original import original_of
@@ -49,13 +49,16 @@ def requantize(
     Reports a row per linear: rank, turns, bytes of the correction, the squared error of the weight
     that the stored codes have and the new ones with it, and weighted by the Fisher matrix likewise.
 
-    Raises ConfigError if the source is not packed, has an adapter, or shares weights, or a form of
-    codes cannot be chosen again.
+    An adapter that the source has is replaced.
+
+    Raises ConfigError if the source is not packed or shares weights, or a form of codes cannot be
+    chosen again.
     """
     _check(source, step)
     original = original_of(
         source, step.settings.original, trust_remote_code=runtime.trust_remote_code
     )
+    source = without_adapter(source)
     pair = Pair.open(source, original, runtime)
     for path in source.packing.shapes:
         recoder_of(source, path)  # refuses
@@ -85,7 +88,6 @@ def requantize(
 
 
 def _check(source: Checkpoint, step: Step) -> None:
-    check_no_adapter(source)
     if not source.packed:
         raise ConfigError(
             f"`{source.path}` has no codes to choose anew",

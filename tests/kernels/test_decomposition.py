@@ -151,3 +151,27 @@ def test_the_method_is_the_decomposition_with_a_uniform_grid():
 def test_what_is_not_finite_is_refused():
     with pytest.raises(NumericalError, match="not finite"):
         run(torch.full((24, 32), torch.inf))
+
+
+def test_the_loss_of_a_change_is_by_the_whole_matrix_where_that_is_a_product():
+    generator = torch.Generator().manual_seed(2)
+    whole = torch.rand(24, 1, generator=generator) * torch.rand(1, 32, generator=generator)
+    weights = Fisher(whole.mean(1).sqrt(), whole.mean(0).sqrt())
+    change = matrix((24, 32))
+    expected = (whole * change.square()).sum().item()
+    assert weights.loss(change) == pytest.approx(expected, rel=1e-4)
+    assert Fisher(torch.zeros(24), torch.zeros(32)).loss(change) == 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("first", ["factors", "codes"])
+def test_large_matrices_come_to_the_same_as_small_ones(first, weighted, monkeypatch):
+    """For which the nearest matrix of low rank is only iterated."""
+    left, right = matrix((128, 12)), matrix((12, 96), seed=1)
+    weight = left @ right + matrix((128, 96), seed=2)
+    options = {"first": first, "fisher": fisher((128, 96)) if weighted else None}
+    found = run(weight, turns=6, **options)
+    monkeypatch.setattr("compresso.kernels.decomposition.OVERSAMPLING", 1000)
+    exact = run(weight, turns=6, **options)
+    assert found.errors == pytest.approx(exact.errors, rel=2e-3)
+    assert found.error == pytest.approx(exact.error, rel=2e-3)

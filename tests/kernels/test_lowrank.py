@@ -13,6 +13,7 @@ from compresso.kernels.lowrank import (
     balanced,
     correction_parameters,
     energies,
+    iterated,
     rank_within,
     truncate,
 )
@@ -167,3 +168,26 @@ def test_balancing_keeps_the_product():
     found = balanced(up, down)
     torch.testing.assert_close(found.product(), up @ down)
     torch.testing.assert_close(found.up.norm(dim=0), found.down.norm(dim=1))
+
+
+def decaying(rows, columns, seed=0):
+    """With singular values of 1, 1/2, 1/3, ..."""
+    left, _, right = torch.linalg.svd(random_matrix(rows, columns, seed), full_matrices=False)
+    return (left / torch.arange(1, left.shape[1] + 1)) @ right
+
+
+@pytest.mark.parametrize("shape", [(200, 120), (120, 200)])
+def test_iterating_comes_to_nearly_the_same(shape):
+    matrix = decaying(*shape)
+    before = matrix.clone()
+    found, basis = iterated(matrix, 8, None)
+    least = (matrix - truncate(matrix, 8).product()).square().sum()
+    assert least <= (matrix - found.product()).square().sum() < 1.001 * least
+    torch.testing.assert_close(found.up.norm(dim=0), found.down.norm(dim=1))
+    again, _ = iterated(matrix, 8, None)
+    assert torch.equal(again.product(), found.product())
+    other = matrix + 0.02 * decaying(*shape, seed=3)
+    found, _ = iterated(other, 8, basis)
+    least = (other - truncate(other, 8).product()).square().sum()
+    assert (other - found.product()).square().sum() < 1.001 * least
+    assert torch.equal(matrix, before)

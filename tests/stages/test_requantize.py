@@ -188,7 +188,6 @@ def test_a_weight_that_cannot_be_decomposed_is_named(home, model, tmp_path, monk
         ("dense", "loftq", "has no codes to choose anew"),
         ("folded", "lq-lora", "share weights, which `lq-lora` cannot choose anew"),
         ("int8", "loftq", "is stored in 8 bits by bitsandbytes"),
-        ("corrected", "lq-lora", "has an adapter"),
     ],
 )
 def test_what_is_refused(home, model, tmp_path, kind, method, message):
@@ -198,9 +197,6 @@ def test_what_is_refused(home, model, tmp_path, kind, method, message):
     if kind == "folded":
         folded = run(home, model, tmp_path / "folded", "fold", "foldgpt", blocks=1).path
         source = quantized(home, folded, tmp_path / "base", bits=2)
-    if kind == "corrected":
-        packed = quantized(home, model, tmp_path / "base", bits=2)
-        source = run(home, packed, tmp_path / "first", "compensate", "loftq", rank=2).path
     if kind == "dense":
         source = quantized(home, model, tmp_path / "base", bits=2, pack=False)
     with pytest.raises(ConfigError, match=message):
