@@ -53,9 +53,9 @@ def rilq(
     """Train a correction of every linear on what the whole model says beside its original.
 
     What is made small is the squared difference of the states that the head reads and the
-    divergence of the scores (`rilq`), or that divergence alone (`lrec`). A share of the sequences is
-    held out: the corrections with the least held-out loss are what is written. A restarted run goes
-    on from the last state that was kept.
+    divergence of the scores (`rilq`), or that divergence alone (`lrec`). A share of the sequences
+    is held out: the corrections with the least held-out loss are what is written. A restarted run
+    goes on from the last state that was kept.
 
     Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
     parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of

@@ -173,5 +173,5 @@ def test_large_matrices_come_to_the_same_as_small_ones(first, weighted, monkeypa
     found = run(weight, turns=6, **options)
     monkeypatch.setattr("compresso.kernels.decomposition.OVERSAMPLING", 1000)
     exact = run(weight, turns=6, **options)
-    assert found.errors == pytest.approx(exact.errors, rel=2e-3)
-    assert found.error == pytest.approx(exact.error, rel=2e-3)
+    assert found.errors == pytest.approx(exact.errors, rel=1e-2)
+    assert found.error == pytest.approx(exact.error, rel=1e-2)
