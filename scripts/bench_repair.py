@@ -36,6 +36,7 @@ BASES = {
     "tail 30%": "prune --method tail --ratio 0.3",
     "folded by 2": "fold --method foldgpt --max-group 2 --ratio 0.3",
 }
+QUANTIZED = ("rtn", "gptq")
 CORRECTIONS = {
     "svd": "eora --no-weighted",
     "eora": "eora --match 0",
@@ -54,10 +55,10 @@ DISTILL = {"": "none", " distilled": "logits"}
 def ways(tokens: int) -> dict[str, tuple[str, list[str]]]:
     """Name in the table -> base, options. tokens: that healing is to train on."""
     found = {}
-    for base, (name, given), rank in product(("rtn", "gptq"), CORRECTIONS.items(), RANKS):
+    for base, (name, given), rank in product(QUANTIZED, CORRECTIONS.items(), RANKS):
         options = f"compensate --method {given} --rank {rank}"
         found[f"{base} + {name} r{rank}"] = base, options.split()
-    lossy = [base for base in BASES if base not in ("rtn", "gptq")]
+    lossy = [base for base in BASES if base not in QUANTIZED]
     for base, method, (suffix, distill) in product(lossy, HEALERS, DISTILL.items()):
         options = f"heal --method {method} --distill {distill} --tokens {tokens}"
         found[f"{base} + {method}{suffix}"] = base, options.split()
@@ -164,7 +165,7 @@ def draw(rows: dict[str, Any], out: Path) -> None:
     """Held-out share recovered against tokens, a panel per base, a line per way to heal."""
     from matplotlib.figure import Figure
 
-    healed = [name for name, row in rows.items() if (place(out, name) / "training.csv").exists()]
+    healed = [name for name in rows if " + " in name and rows[name]["base"] not in QUANTIZED]
     bases = list(dict.fromkeys(rows[name]["base"] for name in healed))
     if not bases:
         return

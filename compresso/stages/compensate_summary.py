@@ -27,9 +27,8 @@ def told(
     }
 
 
-def recovered(original: float, history: History, after: float) -> dict[str, float]:
+def recovered(original: float, before: float, after: float) -> dict[str, float]:
     """Perplexities of the held-out sequences, and the share of what was lost that came back."""
-    before = history.heldout(0)["heldout_ppl"]
     found = {"ppl_original": original, "ppl_before": before, "ppl_after": after}
     if before > original:
         found["recovered"] = log(before / after) / log(before / original)

@@ -109,7 +109,8 @@ class _Work:
         healed = self._write(output, report)
         perplexity, report.fingerprint = self._measure(healed, "result")
         first, _ = self._measure(original, "original")
-        report.summary |= recovered(first, history, perplexity)
+        before, _ = self._measure(source, "source")  # training may have begun with corrections
+        report.summary |= recovered(first, before, perplexity)
         self._show(history, report, original=first)
         return report
 

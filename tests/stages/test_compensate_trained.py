@@ -155,6 +155,8 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4, match=1.0)
     losses = [report.rows[0]["heldout_loss"] for report in (plain, begun)]
     assert losses[1] != losses[0]  # so few tokens of random text do not say which is lower
+    assert begun.summary["ppl_before"] == plain.summary["ppl_before"]  # of the source as it is
+    assert begun.rows[0]["heldout_ppl"] != begun.summary["ppl_before"]
     written = [Checkpoint(tmp_path / name) for name in ("begun", "eora")]
     factors = [one.adapter.load(one.adapter.paths) for one in written]
     for path, expected in factors[1].items():
