@@ -61,6 +61,8 @@ def heal(
         author = Author(original or source, runtime, target.target.parent)
         text = load_text(calibration, step, source, author)
     plan = make_plan(source, step, text, runtime, processes)
+    # A teacher is asked about what is read, and nothing else.
+    text = text.first(plan.options.steps * plan.options.sequences)
     work = _Work(source, step, text, target, runtime, report)
     if processes.first:
         work.measure_original(original)

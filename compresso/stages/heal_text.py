@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Text:
     def batches(self) -> list[Tensor]:
         """The held-out sequences, as many at a time as are run at once."""
         return list(self.heldout.split(self.micro))
+
+    def first(self, count: int) -> Self:
+        """The same with the first sequences alone to learn from."""
+        return replace(self, data=self.data[:count])
 
 
 def load_text(calibration: Calibration, step: Step, source: Checkpoint, author: Author) -> Text:
