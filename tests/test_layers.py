@@ -35,7 +35,8 @@ ALLOWED = {
     "models": MODELS,
     "calibration": CALIBRATION,
     "training": CALIBRATION | {"calibration"},
-    "stages": STAGES,
+    "stages": STAGES | {"formats"},
+    "formats": STAGES,
 }
 KERNEL_LIBRARIES = {
     "__future__",
@@ -68,6 +69,9 @@ LIGHT = (
     "target_settings",
     "compensate_settings",
     "heal_settings",
+    "export_command",
+    "export_settings",
+    "export_methods",
     "registry",
     "config",
     "workspace",

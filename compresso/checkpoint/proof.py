@@ -83,6 +83,7 @@ def prove(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     carried: Collection[str] = (),
+    tolerance: float | None = None,
 ) -> ProofReport:
     """Reload a checkpoint with plain transformers and compare it with the model in memory.
 
@@ -97,6 +98,7 @@ def prove(
     fingerprint: what the model in memory said. Not modified.
     dtype:       type the model in memory computed in; the reloaded weights are cast to it.
     carried:     stored tensors that no module takes, and that the source had as well.
+    tolerance:   share of the largest logit; that of the type, or of kernels known, if not given.
 
     Raises GateError if it does not load, a tensor is missing, left over or of the wrong shape, a
     logit differs by more than the type's tolerance, or generating with a cache differs from
@@ -104,7 +106,7 @@ def prove(
     """
     with _quiet(), _blaming(path), torch.no_grad():
         model = _reload(path, carried, trust_remote_code=trust_remote_code)
-        tolerance = max(TOLERANCE[dtype], *_kernels(model))
+        tolerance = tolerance or max(TOLERANCE[dtype], *_kernels(model))
         if corrected := has_adapter(path):
             model = with_adapter(model, path)
             _check_factors(model, path / ADAPTER)
