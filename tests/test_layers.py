@@ -17,7 +17,9 @@ KERNELS = {"errors"}
 CHECKPOINT = {"", "errors", "kernels"}
 MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
+RUNTIMES = MODELS | {"models", "runtime"}
 STAGES = CALIBRATION | {
+    "runtimes",
     "quantize_settings",
     "compensate_settings",
     "heal_settings",
@@ -35,8 +37,9 @@ ALLOWED = {
     "models": MODELS,
     "calibration": CALIBRATION,
     "training": CALIBRATION | {"calibration"},
+    "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES,
+    "formats": STAGES | {"runtimes"},
 }
 KERNEL_LIBRARIES = {
     "__future__",
@@ -53,7 +56,13 @@ KERNEL_LIBRARIES = {
     "pathlib",
 }
 # Only these know transformers' models; the others load checkpoints as users do.
-KNOW_TRANSFORMERS = ("models/", "checkpoint/proof.py", "stages/speed.py", "runtime.py")
+KNOW_TRANSFORMERS = (
+    "models/",
+    "checkpoint/proof.py",
+    "checkpoint/reload.py",
+    "runtimes/transformers.py",
+    "runtime.py",
+)
 # Part of checkpoints, with the file beside it that it imports.
 SHIPPED = "models/modeling_compresso.py"
 LIGHT = (
