@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from compresso.formats.writing import Written
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
+from compresso.runtimes.engine import engine
 
 TRANSFORMERS = "transformers"
 PEFT = {"peft": "'compresso-llm[peft]'"}
@@ -106,7 +106,7 @@ def _unprovable(
 ) -> str | None:
     """Why the result cannot be loaded here; None if it can."""
     if written.runtime != TRANSFORMERS:
-        missing: str | None = _engine(written).missing()
+        missing = engine(written.runtime).missing()
         return f"{missing} is not installed" if missing else None
     for package, install in (written.packages | (PEFT if written.adapter else {})).items():
         if importlib.util.find_spec(package) is None:
@@ -118,21 +118,17 @@ def _unprovable(
     return None
 
 
-def _engine(written: Written) -> Any:
-    return importlib.import_module(f"compresso.runtimes.{written.runtime.replace('.', '_')}")
-
-
 def _prove_elsewhere(
     written: Written, report: Report, writer: CheckpointWriter
 ) -> tuple[ProofReport, str]:
     """The same in another runtime: the logits of the fingerprint, and text with a cache."""
-    engine, fingerprint = _engine(written), report.fingerprint
+    ours, fingerprint = engine(written.runtime), report.fingerprint
     assert fingerprint is not None
-    logits = engine.logits(writer.partial, fingerprint.tokens)
+    logits = ours.logits(writer.partial, fingerprint.tokens)
     found = compare(writer.partial, logits, fingerprint, written.tolerance or 0.0)
     prompt = fingerprint.tokens[:, :PROMPT]
     cached, uncached = (
-        engine.generate(writer.partial, prompt, NEW_TOKENS, cache=cache) for cache in (True, False)
+        ours.generate(writer.partial, prompt, NEW_TOKENS, cache=cache) for cache in (True, False)
     )
     same = 0
     while same < min(len(cached), len(uncached)) and cached[same] == uncached[same]:
@@ -140,4 +136,4 @@ def _prove_elsewhere(
     if not same:
         raise GateError(f"`{writer.partial}` generates otherwise with a cache than without")
     proof = ProofReport(found.difference, found.tolerance, found.top_agreement, generated=same)
-    return proof, f"{engine.NAME} {engine.version()}"
+    return proof, f"{ours.NAME} {ours.version()}"

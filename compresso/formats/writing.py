@@ -29,7 +29,7 @@ from compresso.runtime import Runtime
 class Written:
     """What a format wrote, and what proves it.
 
-    runtime:   the module of `compresso.runtimes` that it is proved in: `transformers`, ...
+    runtime:   that it is proved in, by the name that `compresso.runtimes.engine` knows it by.
     config:    its config.json; None if it has none, as files of its own hold everything.
     expected:  names of all tensors in its parts. carried: those that no module takes.
     files:     further files to put beside it: name -> file.
