@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compresso.export_settings import DenseSettings
+from compresso.export_settings import DenseSettings, GgufSettings
 from compresso.method import Method, Stage
 
 EXPORT = Stage(
@@ -17,6 +17,12 @@ EXPORT = Stage(
             "compresso.formats.dense:write",
             "Hugging Face safetensors",
             calibrated=False,
+        ),
+        "gguf": Method(
+            GgufSettings,
+            "compresso.formats.gguf:write",
+            "llama.cpp",
+            calibrated=True,
         ),
     },
 )

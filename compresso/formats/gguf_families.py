@@ -124,7 +124,9 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     blocks = [i for i in every if not (structure.lacks(2 * i) and structure.lacks(2 * i + 1))]
     family = _architecture(family, config, structure, blocks)
     _check(family, config, adapter)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     heads = [0 if structure.lacks(2 * block) else queries for block in blocks]
@@ -139,7 +141,9 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     pieces = _outside(model, adapter, family, rename)
     factor = _query_factor(family, config, len(blocks))
     for place, block in enumerate(blocks):
-        pieces += _block(model, adapter, family, block, lambda name, p=place: rename(p, name), factor)
+        pieces += _block(
+            model, adapter, family, block, lambda name, p=place: rename(p, name), factor
+        )
         if structure.lacks(2 * block) and place == 0:
             pieces += _zero_attention(config.hidden_size, head_size)
         if structure.lacks(2 * block + 1):
@@ -160,9 +164,7 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     )
 
 
-def _architecture(
-    family: Family, config: Any, structure: Structure, blocks: list[int]
-) -> Family:
+def _architecture(family: Family, config: Any, structure: Structure, blocks: list[int]) -> Family:
     """The one that runs blocks without a half, if any do; or one whose heads may have any size."""
     halved = any(structure.lacks(2 * b) or structure.lacks(2 * b + 1) for b in blocks)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -66,4 +66,3 @@ class GgufWeights(Checkpoint):
     def key(self) -> str:
         """Identifies the checkpoint that the file was made from."""
         return self._model.key
-

@@ -93,9 +93,7 @@ def decode(data: Array, kind: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(gguf_package().quants.dequantize(data, kind)))
 
 
-def _repacked(
-    codes: Packed | AffineCodes, piece: Piece, wanted: str | None
-) -> Encoded | None:
+def _repacked(codes: Packed | AffineCodes, piece: Piece, wanted: str | None) -> Encoded | None:
     if piece.heads:
         codes = _permuted(codes, piece.heads)
     blocks = repack(codes)
