@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from compresso.checkpoint.reader import Checkpoint
@@ -124,9 +125,7 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     blocks = [i for i in every if not (structure.lacks(2 * i) and structure.lacks(2 * i + 1))]
     family = _architecture(family, config, structure, blocks)
     _check(family, config, adapter)
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    head_size = _head_size(config)
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     heads = [0 if structure.lacks(2 * block) else queries for block in blocks]
@@ -141,9 +140,7 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     pieces = _outside(model, adapter, family, rename)
     factor = _query_factor(family, config, len(blocks))
     for place, block in enumerate(blocks):
-        pieces += _block(
-            model, adapter, family, block, lambda name, p=place: rename(p, name), factor
-        )
+        pieces += _block(model, adapter, family, block, partial(rename, place), factor)
         if structure.lacks(2 * block) and place == 0:
             pieces += _zero_attention(config.hidden_size, head_size)
         if structure.lacks(2 * block + 1):
@@ -164,11 +161,17 @@ def plan_for(model: Checkpoint, adapter: ModelAdapter, rename: Callable[[int, st
     )
 
 
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _architecture(family: Family, config: Any, structure: Structure, blocks: list[int]) -> Family:
     """The one that runs blocks without a half, if any do; or one whose heads may have any size."""
     halved = any(structure.lacks(2 * b) or structure.lacks(2 * b + 1) for b in blocks)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    odd = family.arch == "qwen2" and size * config.num_attention_heads != config.hidden_size
+    odd = (
+        family.arch == "qwen2"
+        and _head_size(config) * config.num_attention_heads != config.hidden_size
+    )
     if not halved and not odd:
         return family
     assert family.removed is not None, "its removed halves were to be filled with zeros"

@@ -73,7 +73,7 @@ class GgufFile:
 
 
 def describe_model(file: GgufFile, plan: Plan, config: Any, source: Checkpoint) -> None:
-    """Say what the model is. config: that of transformers. Raises ConfigError as `describe_rope`."""
+    """Say what the model is. config: that of transformers."""
     gguf, header = gguf_package(), file.header
     metadata = gguf.Metadata.load(None, source.path, None, source.parameters)
     metadata.set_gguf_meta_model(header)

@@ -65,7 +65,7 @@ def encode(
 
 
 def change(tensor: Tensor, piece: Piece) -> Tensor:
-    """The weights as llama.cpp wants them. Not modified; of the same type if nothing is computed."""
+    """The weights as llama.cpp wants them. Not modified."""
     if piece.heads:
         tensor = permute(tensor, piece.heads)
     if piece.shift or piece.factor != 1.0:
