@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compresso.export_settings import CompressedTensorsSettings, DenseSettings
+from compresso.export_settings import CompressedTensorsSettings, DenseSettings, GgufSettings
 from compresso.method import Method, Stage
 
 EXPORT = Stage(
@@ -23,6 +23,12 @@ EXPORT = Stage(
             "compresso.formats.dense:write",
             "Hugging Face safetensors",
             calibrated=False,
+        ),
+        "gguf": Method(
+            GgufSettings,
+            "compresso.formats.gguf:write",
+            "llama.cpp",
+            calibrated=True,
         ),
     },
 )

@@ -39,7 +39,7 @@ ALLOWED = {
     "training": CALIBRATION | {"calibration"},
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES,
+    "formats": STAGES | {"gguf_layouts"},
 }
 KERNEL_LIBRARIES = {
     "__future__",

@@ -1,0 +1,285 @@
+"""GGUF, the files of llama.cpp: codes as they are where it has a layout for them, or its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compresso.calibration.states import enter_blocks
+from compresso.calibration.walk import walk_blocks
+from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import CheckpointError, ConfigError, GateError
+from compresso.formats.gguf_families import Plan, family_for, plan_for
+from compresso.formats.gguf_file import (
+    GgufFile,
+    describe_model,
+    describe_no_tokens,
+    describe_rope,
+    describe_tokens,
+)
+from compresso.formats.gguf_quantizer import quantize_file
+from compresso.formats.gguf_stored import GgufWeights
+from compresso.formats.gguf_tensors import Encoded, encode
+from compresso.formats.gguf_types import DENSE, FILE_TYPES, GUESSED, gguf_package, tensor_type
+from compresso.formats.matrices import matrices
+from compresso.formats.parts import tally
+from compresso.formats.writing import Export, Written
+from compresso.models.adapter import ModelAdapter
+from compresso.models.structure import structure_of
+from compresso.models.tokenizer import Tokenizer
+from compresso.runtime import track
+from compresso.runtimes import llama_cpp
+
+# Shares of the largest logit. llama.cpp rounds what it multiplies by codes to 8 bits, and what it
+# multiplies by float16 or bfloat16 to that.
+DENSE_TOLERANCE, CODES_TOLERANCE = 0.01, 0.06
+# What a tokenizer can get wrong: spaces, lines, numbers, contractions, code, accents, other
+# scripts, marks that combine, symbols.
+SAMPLES = [
+    "Hello, world! It's 3 o'clock; we'll see 12345 things.",
+    "def f(x):\n    return x  # two  spaces\n\n\tand a tab\n",
+    "na\u00efve caf\u00e9 \u2014 \u00fcber 3.14 1,000 \u20ac",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \u3053\u3093\u306b\u3061\u306f \u0e2a\u0e27",
+    "  leading, trailing  ",
+    "\U0001f600\u200d\U0001f525 \u2211\u221e e\u0301 DON'T don't",
+]
+
+
+def write(export: Export) -> Written:
+    """Write one file, and say how it can be proved.
+
+    Raises ConfigError for a model that llama.cpp cannot run, CheckpointError for a tokenizer that
+    it does not have, ResourceError if a package is missing.
+    """
+    gguf_package()
+    settings, kind = export.settings, export.settings.type
+    if export.beside:
+        raise ConfigError(
+            "the corrections of an adapter cannot lie beside a GGUF file",
+            hint="pass `--merge-adapter`, which adds them to the weights",
+        )
+    model, adapter, plan = _plan(export)
+    export.report.warnings += plan.warnings
+    folder = export.writer.partial
+    target = folder / ("model.gguf" if kind == "auto" else f"model-{kind}.gguf")
+    quantized = kind not in ("auto", *DENSE) or settings.outer not in (None, *DENSE)
+    first = folder / "dense.gguf" if quantized else target
+    encoded = _write_dense(export, model, adapter, plan, first)
+    if quantized:
+        _quantize(export, plan, encoded, first, target)
+        first.unlink()
+    weights = GgufWeights(target, plan, model)
+    if settings.tokenizer and settings.verify and llama_cpp.missing() is None:
+        _prove_tokens(export, target)
+    rows = _rows(weights, encoded)
+    codes = any(row["as"] not in ("f32", "f16", "bf16") for row in rows)
+    return Written(
+        runtime=llama_cpp.NAME,
+        rows=rows,
+        tolerance=CODES_TOLERANCE if codes else DENSE_TOLERANCE,
+        model=weights,
+    )
+
+
+def _plan(export: Export) -> tuple[Checkpoint, ModelAdapter, Plan]:
+    """How the model is laid out, and which of its views has what that needs."""
+    family, model = family_for(export.own), export.unshared
+    structure = structure_of(model.config)
+    if not structure.plain and family.removed is None:
+        model = export.stock
+        export.report.warnings.append(
+            f"llama.cpp runs no `{family.arch}` without some attentions or MLPs: zeros stand in for"
+            " what was removed, which saves room in the file but no time"
+        )
+    adapter = export.open(model)
+    gguf = gguf_package()
+    removed = structure_of(model.config)
+    arch = family.arch if removed.plain else family.removed
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[arch], adapter.count)
+    blocks = adapter.family.blocks
+
+    def rename(place: int, name: str) -> str:
+        if place >= 0:
+            _, _, path = name.removeprefix(f"{blocks}.").partition(".")
+            name = f"{blocks}.{place}.{path}"
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ConfigError(f"llama.cpp has no place for `{name}` in `{arch}`")
+        return found
+
+    return model, adapter, plan_for(model, adapter, rename)
+
+
+def _write_dense(
+    export: Export, model: Checkpoint, adapter: ModelAdapter, plan: Plan, path: Path
+) -> dict[str, Encoded]:
+    """Write what needs no quantizer; what is to be known of each tensor, without its bytes."""
+    settings, config = export.settings, adapter.config.get_text_config()
+    by_name = {matrix.name: matrix for matrix in matrices(model, adapter)}
+    kind = settings.type
+    wanted = None if kind == "auto" else tensor_type(kind)
+    dense = kind if kind in DENSE else None
+    head = {"token_embd.weight", "output.weight"}
+    encoded: dict[str, Encoded] = {}
+    with GgufFile(path, plan.arch) as file:
+        describe_model(file, plan, config, export.source)
+        file.header.add_file_type(FILE_TYPES.get(kind, GUESSED))
+        if settings.tokenizer and _has_tokenizer(export):
+            describe_tokens(
+                file,
+                export.source,
+                config.vocab_size,
+                pre=settings.pre_tokenizer,
+                trust_remote_code=export.runtime.trust_remote_code,
+            )
+        else:
+            describe_no_tokens(file)
+        describe_rope(file, plan, config, _frequencies(adapter))
+        for piece in track(plan.pieces, len(plan.pieces), "export"):
+            own = settings.outer if piece.name in head and settings.outer in DENSE else dense
+            keeps = None if piece.name not in head or settings.outer is None else settings.outer
+            found = encode(
+                model,
+                piece,
+                by_name.get(piece.stored or ""),
+                wanted=keeps or wanted,
+                dense=own,
+            )
+            file.add(found)
+            encoded[piece.name] = Encoded(
+                found.name, found.type, found.shape, found.data[:0], found.how, found.exact
+            )
+        file.finish()
+    return encoded
+
+
+def _has_tokenizer(export: Export) -> bool:
+    """Whether there is one; if not, the user is told what that means."""
+    try:
+        Tokenizer.open(export.source, trust_remote_code=export.runtime.trust_remote_code)
+    except CheckpointError:
+        export.report.warnings.append(
+            f"`{export.source.path}` has no tokenizer: the file takes token ids alone"
+        )
+        return False
+    return True
+
+
+def _frequencies(adapter: ModelAdapter) -> Tensor | None:
+    """Of the rotary embedding: radians per token of each pair."""
+    for name, buffer in adapter.model.named_buffers():
+        if name.endswith("rotary_emb.inv_freq"):
+            return buffer
+    return None
+
+
+def _quantize(
+    export: Export, plan: Plan, encoded: dict[str, Encoded], first: Path, target: Path
+) -> None:
+    """Let llama.cpp round what is dense, but for what is to stay that."""
+    settings, gguf = export.settings, gguf_package()
+    numbers = gguf.GGMLQuantizationType
+    stays = {"repacked", "zeros"}
+    automatic = settings.type in ("auto", *DENSE)
+    kept = {
+        name: int(numbers[tensor.type.upper()])
+        for name, tensor in encoded.items()
+        if len(tensor.shape) == 2 and (tensor.how in stays or automatic)
+    }
+    outer = settings.outer
+    head = {"token_embd.weight", "output.weight"}
+    if outer is not None:
+        kept = {name: number for name, number in kept.items() if name not in head}
+    importance = _importance(export, plan, encoded) if settings.reads_text else {}
+    quantize_file(
+        first,
+        target,
+        "q8_0" if automatic else settings.type,
+        kept=kept,
+        outer=None if outer is None else int(numbers[outer.upper()]),
+        importance=importance,
+    )
+
+
+def _importance(export: Export, plan: Plan, encoded: dict[str, Encoded]) -> dict[str, Tensor]:
+    """Mean squares of what every linear reads, by its name in the file."""
+    assert export.calibration is not None
+    source, runtime = export.own, export.runtime
+    adapter = ModelAdapter.open(
+        source,
+        dtype=runtime.compute_dtype(source.dtype),
+        device=runtime.device,
+        trust_remote_code=runtime.trust_remote_code,
+    )
+    states = enter_blocks(
+        adapter,
+        source,
+        export.calibration.batches,
+        probe=None,
+        budget=runtime.max_memory // 2,
+        spill_dir=export.writer.partial,
+    )
+    named = _names_of_linears(adapter, plan)
+    found: dict[str, Tensor] = {}
+    for block in track(walk_blocks(adapter, source, states), adapter.count, "importance"):
+        prefix = adapter.module_prefix(block.index)
+        for paths in adapter.family.linears:
+            names = [named[f"{prefix}{path}"] for path in paths if f"{prefix}{path}" in named]
+            if not names or adapter.structure.lacks(2 * block.index + (paths[0][:4] == "mlp.")):
+                continue
+            squares = block.gram(paths).diagonal().cpu().clone()
+            found |= dict.fromkeys(names, squares)
+    for name, tensor in encoded.items():
+        if len(tensor.shape) == 2 and name.startswith("blk.") and name not in found:
+            found[name] = Tensor([1.0]).expand(tensor.shape[1])  # zeros: nothing to weigh
+    return found
+
+
+def _names_of_linears(adapter: ModelAdapter, plan: Plan) -> dict[str, str]:
+    """Path in transformers -> name in the file, of the linears of all blocks that are in it."""
+    stored = {piece.stored: piece.name for piece in plan.pieces if piece.stored is not None}
+    places = {block: place for place, block in enumerate(plan.blocks)}
+    found = {}
+    for block, place in places.items():
+        prefix = adapter.block_prefix(block)
+        for path in adapter.family.all_linears:
+            name = stored.get(f"{prefix}{path}.weight")
+            if name is not None:
+                assert name.startswith(f"blk.{place}.")
+                found[f"{adapter.module_prefix(block)}{path}"] = name
+    return found
+
+
+def _prove_tokens(export: Export, target: Path) -> None:
+    """Raises GateError if llama.cpp makes other tokens of some texts than the tokenizer does."""
+    try:
+        tokenizer = Tokenizer.open(
+            export.source, trust_remote_code=export.runtime.trust_remote_code
+        )
+    except CheckpointError:
+        return
+    found = llama_cpp.tokenize(target, SAMPLES)
+    for text, tokens in zip(SAMPLES, found, strict=True):
+        expected = tokenizer.encode(text, special=False)
+        if tokens != expected:
+            raise GateError(
+                f"llama.cpp makes other tokens of {text!r} than the tokenizer of"
+                f" `{export.source.path}`: {tokens}, not {expected}"
+            )
+
+
+def _rows(weights: GgufWeights, encoded: dict[str, Encoded]) -> list[dict[str, Any]]:
+    """What the file holds, by type, and how that came about."""
+    entries = []
+    for name, tensor in weights.tensors.items():
+        kind = tensor.tensor_type.name.lower()
+        before = encoded.get(name)
+        how = before.how if before is not None else "kept"
+        if before is not None and before.type != kind:
+            how = "rounded"
+        entry = {"how": how, "form": kind, "weights": int(tensor.n_elements)}
+        entries.append(entry | {"bytes": int(tensor.n_bytes)})
+    return tally(entries)
