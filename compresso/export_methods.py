@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from compresso.export_settings import CompressedTensorsSettings, DenseSettings, GgufSettings
+from compresso.export_settings import (
+    CompressedTensorsSettings,
+    DecilmSettings,
+    DenseSettings,
+    GgufSettings,
+)
 from compresso.method import Method, Stage
 
 EXPORT = Stage(
@@ -16,6 +21,12 @@ EXPORT = Stage(
             CompressedTensorsSettings,
             "compresso.formats.compressed_tensors:write",
             "compressed-tensors pack-quantized",
+            calibrated=False,
+        ),
+        "decilm": Method(
+            DecilmSettings,
+            "compresso.formats.decilm:write",
+            "Nemotron-NAS, arXiv:2411.19146",
             calibrated=False,
         ),
         "dense": Method(

@@ -79,6 +79,14 @@ Symmetric = Annotated[
     bool, limit(description="For codes found now: levels on both sides of zero, and no zero point.")
 ]
 
+Uniform = Annotated[
+    bool,
+    limit(
+        description="Store all codes in the one form that holds them all: as wide as the widest,"
+        " in the smallest groups. Needed for asymmetric codes of several widths."
+    ),
+]
+
 
 @settings
 class RoundingSettings(ExportSettings):
@@ -107,13 +115,21 @@ class CompressedTensorsSettings(RoundingSettings):
         Bits | None,
         limit(description="The same for the embedding, if all codes come in one form."),
     ] = None
-    uniform: Annotated[
+    uniform: Uniform = False
+
+
+@settings
+class DecilmSettings(ExportSettings):
+    """Blocks without attention or MLP as Nemotron-NAS has them, for transformers and vLLM."""
+
+    pack: Annotated[
         bool,
         limit(
-            description="Store all codes in the one form that holds them all: as wide as the"
-            " widest, in the smallest groups. Needed for asymmetric codes of several widths."
+            description="Keep codes, as compressed-tensors packs them; otherwise all weights are"
+            " dense."
         ),
-    ] = False
+    ] = True
+    uniform: Uniform = False
 
 
 @settings
