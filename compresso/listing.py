@@ -13,9 +13,13 @@ Rows = list[dict[str, str]]
 
 def _stages() -> Rows:
     return [
-        {"name": name, "reads": stage.takes, "writes": stage.leaves or "a report"}
+        {"name": name, "reads": stage.takes, "writes": stage.leaves or _other(stage)}
         for name, stage in registry.STAGES.items()
     ]
+
+
+def _other(stage: registry.Stage) -> str:
+    return "another format" if stage.exports else "a report"
 
 
 def _methods() -> Rows:

@@ -22,7 +22,8 @@ def stage(name: str, *, where: str = "") -> Stage:
 
 def method(stage_name: str, name: str, *, where: str = "") -> Method:
     """Raises ConfigError, with the nearest name, if there is none."""
-    return _find(f"{stage_name} method", name, stage(stage_name).methods, where)
+    found = stage(stage_name)
+    return _find(f"{stage_name} {found.named}", name, found.methods, where)
 
 
 def packed_as(name: str, settings: Any) -> str:

@@ -22,6 +22,7 @@ from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
+from compresso.exporting import finish_export
 from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
@@ -123,7 +124,7 @@ def run_new(
     processes.wait()  # until all have seen that there is nothing yet
     if not processes.first:
         return _follow(work, target, processes)
-    if stage.leaves is None:
+    if stage.leaves is None and not stage.exports:
         report = _write_report(work, target)
     else:
         with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
@@ -186,16 +187,12 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
     """Run a stage that writes a checkpoint; prove the checkpoint, then publish it."""
     try:
         report = work.run(writer)
-        if report.config is None or report.fingerprint is None:
-            raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
-        files = side_files(work.source, report.config)
-        writer.finalize(config=report.config, side_files=files, expected=report.expected)
-        written = Checkpoint(writer.partial)
-        adapter = put_adapter(written, report, writer.target, work.runtime)
-        proof = _prove(work, writer.partial, report)
-        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        if report.written is not None:
+            proved = finish_export(work.source, work.step, report, writer, work.runtime)
+        else:
+            proved = _finish(work, writer, report)
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | adapter | proved)
+        writer.write_record(work.record(report) | proved)
         writer.publish()
     except GateError as error:
         raise GateError(
@@ -209,6 +206,17 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             hint="run the same command again to go on from there",
         ) from None
     return report
+
+
+def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
+    """Add everything but the record, and prove the whole; what the record has to say of it."""
+    if report.config is None or report.fingerprint is None:
+        raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
+    files = side_files(work.source, report.config)
+    writer.finalize(config=report.config, side_files=files, expected=report.expected)
+    adapter = put_adapter(Checkpoint(writer.partial), report, writer.target, work.runtime)
+    proof = _prove(work, writer.partial, report)
+    return adapter | {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
 
 
 def _prove(work: _Work, path: Path, report: Report) -> ProofReport:

@@ -17,7 +17,9 @@ KERNELS = {"errors"}
 CHECKPOINT = {"", "errors", "kernels"}
 MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
+RUNTIMES = MODELS | {"models", "runtime"}
 STAGES = CALIBRATION | {
+    "runtimes",
     "quantize_settings",
     "compensate_settings",
     "heal_settings",
@@ -35,7 +37,9 @@ ALLOWED = {
     "models": MODELS,
     "calibration": CALIBRATION,
     "training": CALIBRATION | {"calibration"},
-    "stages": STAGES,
+    "runtimes": RUNTIMES,
+    "stages": STAGES | {"formats"},
+    "formats": STAGES,
 }
 KERNEL_LIBRARIES = {
     "__future__",
@@ -52,7 +56,13 @@ KERNEL_LIBRARIES = {
     "pathlib",
 }
 # Only these know transformers' models; the others load checkpoints as users do.
-KNOW_TRANSFORMERS = ("models/", "checkpoint/proof.py", "stages/speed.py", "runtime.py")
+KNOW_TRANSFORMERS = (
+    "models/",
+    "checkpoint/proof.py",
+    "checkpoint/reload.py",
+    "runtimes/transformers.py",
+    "runtime.py",
+)
 # Part of checkpoints, with the file beside it that it imports.
 SHIPPED = "models/modeling_compresso.py"
 LIGHT = (
@@ -68,6 +78,9 @@ LIGHT = (
     "target_settings",
     "compensate_settings",
     "heal_settings",
+    "export_command",
+    "export_settings",
+    "export_methods",
     "registry",
     "config",
     "workspace",

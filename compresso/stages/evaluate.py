@@ -16,7 +16,7 @@ from compresso.calibration.opening import open_adapter
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, ResourceError
 from compresso.kernels.divergence import (
     Estimate,
     TokenScores,
@@ -31,12 +31,14 @@ from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, format_bytes, free_memory, track
+from compresso.runtimes import transformers
 from compresso.settings import EvalSettings
-from compresso.stages.speed import measure_speed
 
 # Logits of one chunk of positions are held for two models at once, in float32.
 LOGITS_BYTES = 256 * 2**20
 SAMPLE_TOKENS = 24
+DECODED = 64
+SPEEDS = ("prefill", "decode", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,21 @@ def _speed(
             f" and {format_bytes(free)} are free"
         )
         return {}
-    speed = measure_speed(
-        checkpoint.path,
-        calibration.batches[0][:1],
-        prompt,
-        device=str(runtime.device),
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    row = asdict(speed)
-    row["continuation"] = tokenizer.decode(row["continuation"])
+    try:
+        speed = transformers.speed(
+            checkpoint.path,
+            calibration.batches[0][:1],
+            DECODED,
+            sample=prompt,
+            device=str(runtime.device),
+            trust_remote_code=runtime.trust_remote_code,
+        )
+    except ResourceError as error:
+        raise ResourceError(
+            str(error), hint="pass `--no-speed`: the quality is measured block by block"
+        ) from error
+    row = {name: value for name, value in asdict(speed).items() if name in SPEEDS}
+    row["continuation"] = tokenizer.decode(speed.continuation)
     return row
 
 
