@@ -15,6 +15,7 @@ in what a stored zero of -1 means, so only zeros from 1 are written in version 1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -32,6 +33,7 @@ GPTQ, AUTO_ROUND = "gptq", "auto-round"
 METHODS = (GPTQ, AUTO_ROUND)
 ENDING = ".qweight"
 WIDTHS = (2, 3, 4, 8)
+REGEX = "*+?^$()[]{}|\\"  # what tells a pattern from a name
 WORD = 32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # By what config.json calls them: whether stored zeros are less 1.
@@ -113,6 +115,79 @@ def unpack(path: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, less_one
     zero = (zero + int(less_one)) % 2**scheme.bits
     scale = scales.T.contiguous()
     return Packed(codes, Grid(scale.float(), zero.contiguous(), scheme.bits, scale.dtype))
+
+
+class Gptq:
+    """The linears of a GPTQ or auto-round checkpoint: a `Packing`, see packings.py."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        infos: Mapping[str, TensorInfo],
+        load: Load,
+    ) -> None:
+        """config: a parsed config.json. infos: every stored tensor. load: reads some of them.
+
+        Raises CheckpointError if the checkpoint is quantized in a way that cannot be decoded, or a
+        tensor is absent.
+        """
+        entry = config["quantization_config"]
+        form = entry.get("packing_format") or entry.get("checkpoint_format", "gptq")
+        if form not in LESS_ONE or entry.get("data_type", "int") != "int":
+            raise CheckpointError(f"weights packed as `{form}` cannot be read")
+        self._less_one = LESS_ONE[form]
+        paths = [name.removesuffix(ENDING) for name in infos if name.endswith(ENDING)]
+        self._ordered = {path for path in paths if f"{path}.g_idx" in infos}
+        self.schemes = {path: _scheme(path, entry) for path in paths}
+        load(name for path in paths for name in self.names(path) if name not in infos)  # refuses
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for path, scheme in self.schemes.items():
+            words, rows = infos[f"{path}{ENDING}"].shape
+            self.shapes[path] = (rows, words * WORD // scheme.bits)
+
+    def names(self, path: str) -> list[str]:
+        """Names of the tensors that store the linear `path`."""
+        return packed_names(path, ordered=path in self._ordered)
+
+    def decode(self, path: str, parts: dict[str, Tensor]) -> Tensor:
+        """Its weight, (rows, columns) float32. parts: the tensors of `names`. Not modified."""
+        return self.uniform(path, parts).decode()
+
+    def uniform(self, path: str, parts: dict[str, Tensor]) -> Packed:
+        """Its codes. parts: as `decode` takes them.
+
+        Raises CheckpointError if columns of a group are not side by side.
+        """
+        scheme = self.schemes[path]
+        if path in self._ordered:
+            columns = self.shapes[path][1]
+            usual = torch.arange(columns) // (columns // scheme.groups(columns))
+            if not torch.equal(parts[f"{path}.g_idx"].long(), usual):
+                raise CheckpointError(
+                    f"`{path}` is packed with columns reordered across groups, which cannot be read"
+                )
+        return unpack(path, parts, scheme, less_one=self._less_one)
+
+    def kind(self, path: str) -> dict[str, Any]:
+        """How it is stored, in plain values."""
+        return asdict(self.schemes[path])
+
+
+def _scheme(path: str, entry: dict[str, Any]) -> Scheme:
+    """How a linear is packed, by the `quantization_config` and what that says of it apart."""
+    others = entry.get("extra_config") or {}
+    if (named := module_of(path, others)) is not None:
+        entry = {**entry, **others[named]}
+    else:
+        for pattern, own in others.items():
+            if any(letter in REGEX for letter in pattern) and re.search(pattern, path):
+                entry = {**entry, **own}
+                break
+    scheme = Scheme(entry["bits"], entry["group_size"], bool(entry["sym"]))
+    if entry.get("dynamic") or scheme.bits not in WIDTHS:
+        what = "rules by layer" if entry.get("dynamic") else f"{scheme.bits} bits"
+        raise CheckpointError(f"`{path}` is packed with {what}, which cannot be read")
+    return scheme
 
 
 def gptq_config(scheme: Scheme, *, only: Iterable[str] | None) -> dict[str, Any]:
