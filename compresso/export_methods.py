@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compresso.export_settings import DenseSettings
+from compresso.export_settings import CompressedTensorsSettings, DenseSettings
 from compresso.method import Method, Stage
 
 EXPORT = Stage(
@@ -12,6 +12,12 @@ EXPORT = Stage(
     exports=True,
     named="format",
     methods={
+        "compressed-tensors": Method(
+            CompressedTensorsSettings,
+            "compresso.formats.compressed_tensors:write",
+            "compressed-tensors pack-quantized",
+            calibrated=False,
+        ),
         "dense": Method(
             DenseSettings,
             "compresso.formats.dense:write",

@@ -20,7 +20,7 @@ from compresso.models.structure import Structure, restructure, structure_of
 from compresso.models.unfolded import ENTRY, UnfoldedCheckpoint
 from compresso.runtime import track
 
-How = Literal["repacked", "rounded", "decoded", "copied", "zeros", "summed", "kept"]
+How = Literal["repacked", "rescaled", "rounded", "decoded", "copied", "zeros", "summed", "kept"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Stored:
     """What a format stores for a matrix.
 
     tensors:   by name. form: in a few words, the same for matrices stored alike.
-    how:       `repacked`: the codes that the source has; `rounded`: codes found now.
+    how:       `repacked`: the codes that the source has, exactly; `rescaled`: these, but scales are
+               rounded to another type; `rounded`: codes found now.
     described: what its config.json has to say about it, in plain values.
     """
 
