@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from compresso.export_settings import CompressedTensorsSettings, DenseSettings
+from compresso.export_settings import (
+    AutoRoundExportSettings,
+    BitsAndBytesSettings,
+    CompressedTensorsSettings,
+    DenseSettings,
+    GptqExportSettings,
+)
 from compresso.method import Method, Stage
 
 EXPORT = Stage(
@@ -16,6 +22,24 @@ EXPORT = Stage(
             CompressedTensorsSettings,
             "compresso.formats.compressed_tensors:write",
             "compressed-tensors pack-quantized",
+            calibrated=False,
+        ),
+        "gptq": Method(
+            GptqExportSettings,
+            "compresso.formats.gptq:write",
+            "AutoGPTQ, versions 1 and 2",
+            calibrated=False,
+        ),
+        "auto-round": Method(
+            AutoRoundExportSettings,
+            "compresso.formats.auto_round:write",
+            "auto-round",
+            calibrated=False,
+        ),
+        "bitsandbytes": Method(
+            BitsAndBytesSettings,
+            "compresso.formats.bitsandbytes:write",
+            "arXiv:2305.14314, arXiv:2208.07339",
             calibrated=False,
         ),
         "dense": Method(

@@ -79,7 +79,7 @@ def pack(path: str, packed: Packed, *, less_one: bool, ordered: bool) -> dict[st
     """
     if problem := why_not(packed):
         raise ValueError(f"`{path}` {problem}")
-    grid, (rows, columns) = packed.grid, packed.codes.shape
+    grid, columns = packed.grid, packed.codes.shape[1]
     zeros = grid.zero - int(less_one)
     if zeros.min() < 0:
         raise ValueError(f"`{path}` has zeros of 0, which version 1 cannot tell from others")
@@ -91,8 +91,7 @@ def pack(path: str, packed: Packed, *, less_one: bool, ordered: bool) -> dict[st
         f"{path}.scales": grid.scale.T.half().contiguous(),
     }
     if ordered:
-        columns_of_one = columns // groups
-        index = torch.arange(columns, dtype=torch.int32) // columns_of_one
+        index = torch.arange(columns) // (columns // groups)
         tensors[f"{path}.g_idx"] = index.to(torch.int32)
     return tensors
 
