@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from compresso.export_settings import (
+    AutoRoundExportSettings,
+    BitsAndBytesSettings,
     CompressedTensorsSettings,
     DecilmSettings,
     DenseSettings,
     GgufSettings,
+    GptqExportSettings,
 )
 from compresso.method import Method, Stage
 
@@ -27,6 +30,24 @@ EXPORT = Stage(
             DecilmSettings,
             "compresso.formats.decilm:write",
             "Nemotron-NAS, arXiv:2411.19146",
+            calibrated=False,
+        ),
+        "gptq": Method(
+            GptqExportSettings,
+            "compresso.formats.gptq:write",
+            "AutoGPTQ, versions 1 and 2",
+            calibrated=False,
+        ),
+        "auto-round": Method(
+            AutoRoundExportSettings,
+            "compresso.formats.auto_round:write",
+            "auto-round",
+            calibrated=False,
+        ),
+        "bitsandbytes": Method(
+            BitsAndBytesSettings,
+            "compresso.formats.bitsandbytes:write",
+            "arXiv:2305.14314, arXiv:2208.07339",
             calibrated=False,
         ),
         "dense": Method(
