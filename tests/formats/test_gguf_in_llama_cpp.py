@@ -1,0 +1,168 @@
+"""GGUF exports in the real llama.cpp: the same model as in transformers."""
+
+import json
+
+import gguf
+import pytest
+import torch
+from correcting import run_quantize
+from exporting import run_export
+from llama import difference, said
+from restructured import STRUCTURES, reference, save
+from tiny_models import BLOCKS, build, tokens
+from transformers import AutoModelForCausalLM
+
+from compresso.checkpoint.reader import Checkpoint
+from compresso.models.structure import Structure
+
+pytestmark = pytest.mark.runtimes
+
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+HALVED = ("llama", "qwen2", "qwen3", "gemma2")
+LONG, SHORT = tokens(1, 24), tokens(1, 8)
+WINDOWED = ("gemma2", "gemma3_text", "llama")
+# Wide enough for types whose blocks have 256 weights.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+def exported(model, path, **settings):
+    """Save a model and export it; the directory of the file."""
+    model.save_pretrained(path / "source")
+    run_export(Checkpoint(path / "source"), path / "out", "gguf", verify=False, **settings)
+    return path / "out"
+
+
+def calm(family="llama", **changes):
+    """A wide model whose weights are as large as those of trained ones."""
+    model = build(family, **WIDE, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.35)
+    return model
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_every_family_is_the_same_model(family, tmp_path):
+    model = build(family)
+    out = exported(model, tmp_path)
+    probe = LONG if family in WINDOWED else SHORT
+    assert difference(out, model, probe) < 1e-3
+    one_by_one = said(out, probe, at_once=False)
+    assert torch.allclose(one_by_one, said(out, probe), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_windows_that_llama_cpp_lacks_end_the_context(family, tmp_path):
+    outcome_path = exported(build(family), tmp_path)
+    (file,) = outcome_path.glob("*.gguf")
+    reader = gguf.GGUFReader(file)
+    arch = reader.fields["general.architecture"].contents()
+    assert reader.fields[f"{arch}.context_length"].contents() == 8
+    record = json.loads((outcome_path / "compresso.json").read_text())
+    assert "no sliding windows" in record["report"]["warnings"][0]
+
+
+@pytest.mark.parametrize("keep", [[0, 1, 3], [1, 2, 5]])
+def test_windows_stay_with_their_blocks_where_others_were_dropped(keep, tmp_path):
+    model = build("gemma3_text")
+    model.model.layers = torch.nn.ModuleList([model.model.layers[block] for block in keep])
+    for place, block in enumerate(model.model.layers):
+        block.self_attn.layer_idx = place
+    config = model.config
+    config.layer_types = [config.layer_types[block] for block in keep]
+    config.num_hidden_layers = len(keep)
+    assert difference(exported(model, tmp_path), model, LONG) < 1e-3
+
+
+@pytest.mark.parametrize("family", HALVED)
+@pytest.mark.parametrize("structure", ["first attention", "last mlp", "both kinds", "everything"])
+def test_restructured_models(family, structure, tmp_path):
+    source = save(build(family), STRUCTURES[structure], tmp_path / "source")
+    run_export(source, tmp_path / "out", "gguf", verify=False)
+    model = reference(family, STRUCTURES[structure])
+    probe = LONG if family in WINDOWED else SHORT
+    assert difference(tmp_path / "out", model, probe) < 1e-3
+
+
+def test_blocks_that_lack_both_halves_are_dropped(tmp_path):
+    lacking = Structure(no_attention=(0, 2), no_mlp=(0, 2))
+    source = save(build("llama"), lacking, tmp_path / "source")
+    run_export(source, tmp_path / "out", "gguf", verify=False)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["llama.block_count"].contents() == BLOCKS - 2
+    assert difference(tmp_path / "out", reference("llama", lacking), LONG) < 1e-3
+
+
+@pytest.mark.parametrize("name", list(ROPES))
+def test_rotations_that_are_scaled(name, tmp_path):
+    rope = {"rope_theta": 500.0, **ROPES[name]}
+    model = build("llama", rope_parameters=rope)
+    assert difference(exported(model, tmp_path), model, tokens(1, 60)) < 1e-3
+
+
+def test_queries_of_gemma_have_the_scale_of_the_model(tmp_path):
+    for family in ("gemma2", "gemma3_text"):
+        model = build(family, query_pre_attn_scalar=7)
+        assert difference(exported(model, tmp_path / family), model, LONG) < 1e-3
+
+
+def test_heads_of_another_size_in_qwen2(tmp_path):
+    model = build("qwen2", head_dim=24)
+    assert difference(exported(model, tmp_path), model, SHORT) < 1e-3
+
+
+PACKED = {
+    "2 bits in 256": ({"bits": 2, "group_size": 256}, "tq2_0"),
+    "2 bits, any zeros": ({"bits": 2, "group_size": 256, "symmetric": False}, "q2_k"),
+    "2 bits in 64": ({"bits": 2, "group_size": 64}, "q4_0"),
+    "3 bits in 256": ({"bits": 3, "group_size": 256}, "q3_k"),
+    "3 bits, any zeros": ({"bits": 3, "group_size": 32, "symmetric": False}, "q4_0"),
+    "4 bits": ({"bits": 4, "group_size": 64}, "q4_0"),
+    "4 bits, any zeros": ({"bits": 4, "group_size": 256, "symmetric": False}, "q4_k"),
+    "4 bits in 32, any zeros": ({"bits": 4, "group_size": 32, "symmetric": False}, "q5_0"),
+    "8 bits": ({"bits": 8, "group_size": 128}, "q8_0"),
+    "hqq": ({"method": "hqq", "bits": 4, "group_size": 64}, "q4_1"),
+}
+
+
+@pytest.mark.parametrize("name", list(PACKED))
+def test_codes_are_the_same_codes(name, tmp_path):
+    settings, kind = PACKED[name]
+    calm().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    packed = run_quantize(
+        Checkpoint(tmp_path / "source"), tmp_path / "packed", **{"method": "rtn", **settings}
+    )
+    outcome = run_export(packed, tmp_path / "out", "gguf", verify=False)
+    rows = {row["stored"]: row for row in outcome.report.rows if row["as"] == kind}
+    assert rows["repacked"]["tensors"] == 14
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, trust_remote_code=True
+    )
+    assert difference(tmp_path / "out", model, LONG) < 0.05
+
+
+def test_codes_of_a_shared_and_halved_model(tmp_path):
+    """Everything at once: structure, shared linears, and codes in blocks that are permuted."""
+    structure = Structure(no_attention=(1,), no_mlp=(2,), shared=(0, 1, 0, 3, 3, 3))
+    source = save(build("llama"), structure, tmp_path / "source")
+    packed = run_quantize(source, tmp_path / "packed", method="rtn", bits=8, group_size=32)
+    outcome = run_export(packed, tmp_path / "out", "gguf", verify=False)
+    kept = sum(row["tensors"] for row in outcome.report.rows if row["stored"] == "repacked")
+    assert kept == 7 * BLOCKS - 4 - 3
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, trust_remote_code=True
+    )
+    assert difference(tmp_path / "out", model, LONG) < 0.02
