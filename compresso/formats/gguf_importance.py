@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from compresso.models.adapter import ModelAdapter
 from compresso.runtime import track
 
 
-def _importance(export: Export, plan: Plan, encoded: dict[str, Encoded]) -> dict[str, Tensor]:
-    """Mean squares of what every linear reads, by its name in the file."""
+def mean_squares(export: Export, plan: Plan, encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
+    """Of what every linear reads, (columns,) float32 by its name in the file: a gram's diagonal.
+
+    encoded: all that is in the file.
+    """
     assert export.calibration is not None
     source, runtime = export.own, export.runtime
     adapter = ModelAdapter.open(
