@@ -3,17 +3,26 @@
 import json
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from correcting import run_quantize
+from correcting import RUNTIME, run_quantize
 from exporting import run_export
 from llama import difference, said
 from restructured import STRUCTURES, reference, save
 from tiny_models import BLOCKS, build, tokens
 from transformers import AutoModelForCausalLM
 
+from compresso.checkpoint.proof import Fingerprint, compare
 from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import GateError
+from compresso.formats.gguf import CODES_TOLERANCE
+from compresso.formats.gguf_quantizer import quantize_file
 from compresso.models.structure import Structure
+from compresso.recipe import make_step
+from compresso.run import run_step
+from compresso.runtimes import llama_cpp
+from compresso.settings import CalibrationSettings
 
 pytestmark = pytest.mark.runtimes
 
@@ -166,3 +175,104 @@ def test_codes_of_a_shared_and_halved_model(tmp_path):
         tmp_path / "packed", dtype=torch.float32, trust_remote_code=True
     )
     assert difference(tmp_path / "out", model, LONG) < 0.02
+
+
+ROUNDED = ("q8_0", "q4_1", "q4_k_m", "q3_k_m", "q2_k", "tq2_0", "iq4_xs", "iq2_xxs")
+
+
+def decoded(path):
+    """The weights that a file holds, by name in it."""
+    (file,) = path.glob("*.gguf")
+    return {
+        tensor.name: torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+
+
+def export_with_text(source, target, **settings):
+    """The outcome of an export that may read text: the same tokens every time."""
+    text = source.path.parent / "tokens.npy"
+    np.save(text, tokens(1, 512)[0].numpy())
+    step = make_step("export", {"format": "gguf", **settings}, where="test")
+    calibration = CalibrationSettings(dataset=str(text), samples=8, length=32)
+    return run_step(step, source, calibration, target, RUNTIME)
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_types_of_llama_cpp_hold_what_they_decode_to(kind, tmp_path):
+    """The fingerprint is of the weights that the file decodes to, not of the source's."""
+    calm("gemma2", head_dim=64).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    outcome = export_with_text(Checkpoint(tmp_path / "source"), out, type=kind, verify=False)
+    assert outcome.report.summary["weights_rounded_anew"] > 0
+    record = json.loads((out / "compresso.json").read_text())
+    fingerprint = Fingerprint.from_json(record["fingerprint"])
+    compare(out, said(out, fingerprint.tokens), fingerprint, CODES_TOLERANCE)
+
+
+def test_a_proof_in_a_process_of_its_own(tmp_path):
+    calm("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    outcome = export_with_text(Checkpoint(tmp_path / "source"), out, type="iq3_xxs")
+    assert outcome.report.summary["proved"] == f"in llama.cpp {llama_cpp.version()}"
+    proof = json.loads((out / "compresso.json").read_text())["proof"]
+    assert proof["generated"] == 16
+
+
+def test_columns_that_count_more_are_rounded_better(tmp_path):
+    out = exported(calm(), tmp_path)
+    name = "blk.0.ffn_up.weight"
+    weight = decoded(out)[name]
+    squares = torch.ones(weight.shape[1])
+    squares[::5] = 100.0
+    errors = []
+    for importance in ({}, {name: squares}):
+        target = tmp_path / f"{len(importance)}"
+        target.mkdir()
+        quantize_file(
+            out / "model.gguf",
+            target / "model.gguf",
+            "q2_k",
+            kept={},
+            outer=None,
+            importance=importance,
+        )
+        change = decoded(target)[name] - weight
+        errors.append(float((change.square() * squares).sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_types_that_are_named_for_head_and_embedding(tmp_path):
+    model = calm()
+    out = exported(model, tmp_path, type="q4_0", outer="q8_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out / "model-q4_0.gguf").tensors}
+    assert kinds["output.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_0"
+
+
+def test_what_has_the_type_already_is_not_rounded_again(tmp_path):
+    calm().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    packed = run_quantize(
+        Checkpoint(tmp_path / "source"), tmp_path / "packed", method="rtn", bits=4, group_size=32
+    )
+    outcome = run_export(packed, tmp_path / "out", "gguf", type="q4_0", verify=False)
+    rows = {(row["stored"], row["as"]): row["tensors"] for row in outcome.report.rows}
+    assert rows[("repacked", "q4_0")] == 14
+    auto = run_export(packed, tmp_path / "auto", "gguf", verify=False)
+    assert auto.report.summary["weights_rounded_anew"] == 0
+    both = [decoded(path) for path in (tmp_path / "out", tmp_path / "auto")]
+    for name in both[0]:
+        if name.startswith("blk."):
+            assert torch.equal(both[0][name], both[1][name]), name
+
+
+def test_a_bad_file_ends_its_own_process_alone(tmp_path):
+    """And is an error with what llama.cpp says of it."""
+    bad = tmp_path / "bad.gguf"
+    writer = gguf.GGUFWriter(bad, "deci")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GateError, match="does not load in"):
+        llama_cpp.logits(bad, SHORT)
