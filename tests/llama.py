@@ -12,8 +12,8 @@ from compresso.runtimes.llama_cpp_model import Model
 
 def said(path: Path, tokens: Tensor, *, at_once: bool = True) -> Tensor:
     """Its logits, (1, T, vocabulary). at_once: of all tokens together, or one after another."""
-    (file,) = path.glob("*.gguf")
-    model = Model(str(file), [])
+    (file,) = path.glob("model*.gguf")
+    model = Model(str(file), [str(lora) for lora in path.glob("lora*.gguf")])
     ids = tokens[0].tolist()
     model.make_room(len(ids), 1, exact=True)
     if at_once:

@@ -6,13 +6,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from correcting import RUNTIME, run_quantize
+from correcting import RUNTIME, corrections, put_beside, run_quantize
 from exporting import run_export
 from llama import difference, said
 from restructured import STRUCTURES, reference, save
 from tiny_models import BLOCKS, build, tokens
 from transformers import AutoModelForCausalLM
 
+from compresso.calibration.replay import replay
 from compresso.checkpoint.proof import Fingerprint, compare
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import GateError
@@ -278,3 +279,38 @@ def test_a_bad_file_ends_its_own_process_alone(tmp_path):
     writer.close()
     with pytest.raises(GateError, match="does not load in"):
         llama_cpp.logits(bad, SHORT)
+
+
+def test_corrections_lie_in_a_file_beside_codes(tmp_path, monkeypatch):
+    """As llama.cpp takes them, with `--lora`; those of queries in the order of its rows."""
+    calm().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    packed = run_quantize(
+        Checkpoint(tmp_path / "source"), tmp_path / "packed", method="rtn", bits=4, group_size=32
+    )
+    corrected = put_beside(
+        packed, tmp_path / "corrected", corrections(packed, leave_out="v_proj"), monkeypatch
+    )
+    outcome = run_export(corrected, tmp_path / "out", "gguf", verify=False)
+    rows = {(row["stored"], row["as"]): row["tensors"] for row in outcome.report.rows}
+    assert rows[("repacked", "q4_0")] == 14
+    record = json.loads((tmp_path / "out" / "compresso.json").read_text())
+    fingerprint = Fingerprint.from_json(record["fingerprint"])
+    found = said(tmp_path / "out", fingerprint.tokens)
+    compare(tmp_path / "out", found, fingerprint, 0.02)
+    expected = replay(
+        corrected, LONG, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=False
+    )
+    here = said(tmp_path / "out", LONG)
+    assert (here - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_corrections_that_are_merged_become_part_of_the_weights(tmp_path, monkeypatch):
+    calm().save_pretrained(tmp_path / "source")
+    source = Checkpoint(tmp_path / "source")
+    corrected = put_beside(source, tmp_path / "corrected", corrections(source), monkeypatch)
+    run_export(corrected, tmp_path / "out", "gguf", verify=False, merge_adapter=True)
+    assert not (tmp_path / "out" / "lora.gguf").exists()
+    expected = replay(
+        corrected, LONG, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=False
+    )
+    assert (said(tmp_path / "out", LONG) - expected).abs().max() < 1e-3 * expected.abs().max()
