@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compresso.calibration.states import enter_blocks
-from compresso.calibration.walk import walk_blocks
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError, ConfigError, GateError
+from compresso.errors import ConfigError, GateError
 from compresso.formats.gguf_families import Plan, family_for, plan_for
 from compresso.formats.gguf_file import (
     GgufFile,
@@ -19,6 +17,8 @@ from compresso.formats.gguf_file import (
     describe_rope,
     describe_tokens,
 )
+from compresso.formats.gguf_importance import mean_squares
+from compresso.formats.gguf_lora import write_lora
 from compresso.formats.gguf_quantizer import quantize_file
 from compresso.formats.gguf_stored import GgufWeights
 from compresso.formats.gguf_tensors import Encoded, encode
@@ -26,25 +26,33 @@ from compresso.formats.gguf_types import DENSE, FILE_TYPES, GUESSED, gguf_packag
 from compresso.formats.matrices import matrices
 from compresso.formats.parts import tally
 from compresso.formats.writing import Export, Written
+from compresso.kernels.lowrank import LowRank
 from compresso.models.adapter import ModelAdapter
 from compresso.models.structure import structure_of
 from compresso.models.tokenizer import Tokenizer
+from compresso.models.unfolded import unfolded
 from compresso.runtime import track
 from compresso.runtimes import llama_cpp
 
 # Shares of the largest logit. llama.cpp rounds what it multiplies by codes to 8 bits, and what it
 # multiplies by float16 or bfloat16 to that.
 DENSE_TOLERANCE, CODES_TOLERANCE = 0.01, 0.06
-# What a tokenizer can get wrong: spaces, lines, numbers, contractions, code, accents, other
-# scripts, marks that combine, symbols.
-SAMPLES = [
+OUTER = ("token_embd.weight", "output.weight")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "tekken", "spiece", "sentencepiece")
+# What a tokenizer can get wrong: spaces, lines, numbers, contractions, code, accents, scripts.
+SAMPLES = (
     "Hello, world! It's 3 o'clock; we'll see 12345 things.",
     "def f(x):\n    return x  # two  spaces\n\n\tand a tab\n",
     "na\u00efve caf\u00e9 \u2014 \u00fcber 3.14 1,000 \u20ac",
-    "\u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \u3053\u3093\u306b\u3061\u306f \u0e2a\u0e27",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \u3053\u3093\u306b\u3061\u306f",
     "  leading, trailing  ",
+)
+# Marks that combine with a letter, which llama.cpp does not compose, and in some of its splits takes
+# for no part of a word.
+RARE = (
     "\U0001f600\u200d\U0001f525 \u2211\u221e e\u0301 DON'T don't",
-]
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+)
 
 
 def write(export: Export) -> Written:
@@ -55,23 +63,22 @@ def write(export: Export) -> Written:
     """
     gguf_package()
     settings, kind = export.settings, export.settings.type
-    if export.beside:
-        raise ConfigError(
-            "the corrections of an adapter cannot lie beside a GGUF file",
-            hint="pass `--merge-adapter`, which adds them to the weights",
-        )
     model, adapter, plan = _plan(export)
     export.report.warnings += plan.warnings
     folder = export.writer.partial
     target = folder / ("model.gguf" if kind == "auto" else f"model-{kind}.gguf")
     quantized = kind not in ("auto", *DENSE) or settings.outer not in (None, *DENSE)
     first = folder / "dense.gguf" if quantized else target
-    encoded = _write_dense(export, model, adapter, plan, first)
+    has_tokens = settings.tokenizer and _has_tokenizer(export)
+    encoded = _write_dense(export, model, adapter, plan, first, has_tokens=has_tokens)
     if quantized:
         _quantize(export, plan, encoded, first, target)
         first.unlink()
-    weights = GgufWeights(target, plan, model)
-    if settings.tokenizer and settings.verify and llama_cpp.missing() is None:
+    added = {}
+    if export.beside:
+        added = write_lora(folder, plan, _corrections(export))
+    weights = GgufWeights(target, plan, model, added=added)
+    if has_tokens and settings.verify and llama_cpp.missing() is None:
         _prove_tokens(export, target)
     rows = _rows(weights, encoded)
     codes = any(row["as"] not in ("f32", "f16", "bf16") for row in rows)
@@ -114,7 +121,13 @@ def _plan(export: Export) -> tuple[Checkpoint, ModelAdapter, Plan]:
 
 
 def _write_dense(
-    export: Export, model: Checkpoint, adapter: ModelAdapter, plan: Plan, path: Path
+    export: Export,
+    model: Checkpoint,
+    adapter: ModelAdapter,
+    plan: Plan,
+    path: Path,
+    *,
+    has_tokens: bool,
 ) -> dict[str, Encoded]:
     """Write what needs no quantizer; what is to be known of each tensor, without its bytes."""
     settings, config = export.settings, adapter.config.get_text_config()
@@ -122,12 +135,11 @@ def _write_dense(
     kind = settings.type
     wanted = None if kind == "auto" else tensor_type(kind)
     dense = kind if kind in DENSE else None
-    head = {"token_embd.weight", "output.weight"}
     encoded: dict[str, Encoded] = {}
     with GgufFile(path, plan.arch) as file:
         describe_model(file, plan, config, export.source)
         file.header.add_file_type(FILE_TYPES.get(kind, GUESSED))
-        if settings.tokenizer and _has_tokenizer(export):
+        if has_tokens:
             describe_tokens(
                 file,
                 export.source,
@@ -139,8 +151,8 @@ def _write_dense(
             describe_no_tokens(file)
         describe_rope(file, plan, config, _frequencies(adapter))
         for piece in track(plan.pieces, len(plan.pieces), "export"):
-            own = settings.outer if piece.name in head and settings.outer in DENSE else dense
-            keeps = None if piece.name not in head or settings.outer is None else settings.outer
+            own = settings.outer if piece.name in OUTER and settings.outer in DENSE else dense
+            keeps = None if piece.name not in OUTER or settings.outer is None else settings.outer
             found = encode(
                 model,
                 piece,
@@ -156,16 +168,24 @@ def _write_dense(
     return encoded
 
 
+def _corrections(export: Export) -> dict[str, LowRank]:
+    """Those of the adapter beside the source, of every block that uses a shared linear."""
+    adapter = unfolded(export.source, fill=False).adapter
+    assert adapter is not None
+    return adapter.load(adapter.paths)
+
+
 def _has_tokenizer(export: Export) -> bool:
-    """Whether there is one; if not, the user is told what that means."""
-    try:
-        Tokenizer.open(export.source, trust_remote_code=export.runtime.trust_remote_code)
-    except CheckpointError:
+    """Whether there is one; if not, the user is told what that means.
+
+    By its files: without any, transformers makes an empty one for some architectures.
+    """
+    found = any(name.startswith(TOKENIZER_FILES) for name in export.source.side_files())
+    if not found:
         export.report.warnings.append(
             f"`{export.source.path}` has no tokenizer: the file takes token ids alone"
         )
-        return False
-    return True
+    return found
 
 
 def _frequencies(adapter: ModelAdapter) -> Tensor | None:
@@ -190,10 +210,9 @@ def _quantize(
         if len(tensor.shape) == 2 and (tensor.how in stays or automatic)
     }
     outer = settings.outer
-    head = {"token_embd.weight", "output.weight"}
     if outer is not None:
-        kept = {name: number for name, number in kept.items() if name not in head}
-    importance = _importance(export, plan, encoded) if settings.reads_text else {}
+        kept = {name: number for name, number in kept.items() if name not in OUTER}
+    importance = mean_squares(export, plan, encoded) if settings.reads_text else {}
     quantize_file(
         first,
         target,
@@ -204,71 +223,19 @@ def _quantize(
     )
 
 
-def _importance(export: Export, plan: Plan, encoded: dict[str, Encoded]) -> dict[str, Tensor]:
-    """Mean squares of what every linear reads, by its name in the file."""
-    assert export.calibration is not None
-    source, runtime = export.own, export.runtime
-    adapter = ModelAdapter.open(
-        source,
-        dtype=runtime.compute_dtype(source.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    states = enter_blocks(
-        adapter,
-        source,
-        export.calibration.batches,
-        probe=None,
-        budget=runtime.max_memory // 2,
-        spill_dir=export.writer.partial,
-    )
-    named = _names_of_linears(adapter, plan)
-    found: dict[str, Tensor] = {}
-    for block in track(walk_blocks(adapter, source, states), adapter.count, "importance"):
-        prefix = adapter.module_prefix(block.index)
-        for paths in adapter.family.linears:
-            names = [named[f"{prefix}{path}"] for path in paths if f"{prefix}{path}" in named]
-            if not names or adapter.structure.lacks(2 * block.index + (paths[0][:4] == "mlp.")):
-                continue
-            squares = block.gram(paths).diagonal().cpu().clone()
-            found |= dict.fromkeys(names, squares)
-    for name, tensor in encoded.items():
-        if len(tensor.shape) == 2 and name.startswith("blk.") and name not in found:
-            found[name] = Tensor([1.0]).expand(tensor.shape[1])  # zeros: nothing to weigh
-    return found
-
-
-def _names_of_linears(adapter: ModelAdapter, plan: Plan) -> dict[str, str]:
-    """Path in transformers -> name in the file, of the linears of all blocks that are in it."""
-    stored = {piece.stored: piece.name for piece in plan.pieces if piece.stored is not None}
-    places = {block: place for place, block in enumerate(plan.blocks)}
-    found = {}
-    for block, place in places.items():
-        prefix = adapter.block_prefix(block)
-        for path in adapter.family.all_linears:
-            name = stored.get(f"{prefix}{path}.weight")
-            if name is not None:
-                assert name.startswith(f"blk.{place}.")
-                found[f"{adapter.module_prefix(block)}{path}"] = name
-    return found
-
-
 def _prove_tokens(export: Export, target: Path) -> None:
-    """Raises GateError if llama.cpp makes other tokens of some texts than the tokenizer does."""
-    try:
-        tokenizer = Tokenizer.open(
-            export.source, trust_remote_code=export.runtime.trust_remote_code
-        )
-    except CheckpointError:
-        return
-    found = llama_cpp.tokenize(target, SAMPLES)
-    for text, tokens in zip(SAMPLES, found, strict=True):
+    """Raises GateError if llama.cpp makes other tokens of usual texts than the tokenizer does."""
+    trust = export.runtime.trust_remote_code
+    tokenizer = Tokenizer.open(export.source, trust_remote_code=trust)
+    found = llama_cpp.tokenize(target, [*SAMPLES, *RARE])
+    for text, tokens in zip([*SAMPLES, *RARE], found, strict=True):
         expected = tokenizer.encode(text, special=False)
-        if tokens != expected:
-            raise GateError(
-                f"llama.cpp makes other tokens of {text!r} than the tokenizer of"
-                f" `{export.source.path}`: {tokens}, not {expected}"
-            )
+        if tokens == expected:
+            continue
+        message = f"llama.cpp makes other tokens of {text!r} than the tokenizer of the source"
+        if text in SAMPLES:
+            raise GateError(f"{message}: {tokens}, not {expected}")
+        export.report.warnings.append(f"{message}, as it reads marks that combine in its own way")
 
 
 def _rows(weights: GgufWeights, encoded: dict[str, Encoded]) -> list[dict[str, Any]]:

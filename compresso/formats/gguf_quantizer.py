@@ -89,7 +89,7 @@ def _quantize(
         settings.imatrix = entries
     failed = library.llama_model_quantize(dense.encode(), target.encode(), ctypes.byref(settings))
     if failed:
-        raise GateError(f"llama.cpp cannot quantize `{dense}`: {said.last()}")
+        raise GateError(f"llama.cpp cannot quantize `{dense}`: {said.reason()}")
 
 
 def _importance(library: Any, path: str | None) -> tuple[Any, list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,15 @@ class GgufWeights(Checkpoint):
     Reading them is all by the `gguf` package, writing them was partly our own.
     """
 
-    def __init__(self, path: Path, plan: Plan, model: Checkpoint) -> None:
-        """path: of the file. plan: what it was written by. model: of what checkpoint."""
+    def __init__(
+        self, path: Path, plan: Plan, model: Checkpoint, *, added: Mapping[str, Tensor]
+    ) -> None:
+        """path: of the file. plan: what it was written by. model: of what checkpoint.
+
+        added: what another file adds to tensors of this one, by their names in it.
+        """
         super().__init__(model.path)
-        self._file, self._model = path, model
+        self._file, self._model, self._added = path, model, added
         self.config = {**dense_config(model), "dtype": "float32"}
         self.config.pop("torch_dtype", None)
         self._pieces = {piece.stored: piece for piece in plan.pieces if piece.stored is not None}
@@ -49,7 +54,10 @@ class GgufWeights(Checkpoint):
             self.info(name)
             piece = self._pieces[name]
             stored = self.tensors[piece.name]
-            found[name] = change_back(decode(stored.data, stored.tensor_type), piece)
+            weight = decode(stored.data, stored.tensor_type)
+            if piece.name in self._added:
+                weight = weight + self._added[piece.name]
+            found[name] = change_back(weight, piece)
         return found
 
     @cached_property

@@ -90,7 +90,9 @@ def permute(rows: Tensor, heads: int, *, back: bool = False) -> Tensor:
 
 def decode(data: Array, kind: Any) -> Tensor:
     """Of a tensor as it lies in a file: float32. kind: `gguf.GGMLQuantizationType`."""
-    return torch.from_numpy(np.ascontiguousarray(gguf_package().quants.dequantize(data, kind)))
+    return torch.from_numpy(
+        np.array(gguf_package().quants.dequantize(data, kind), dtype=np.float32)
+    )
 
 
 def _repacked(codes: Packed | AffineCodes, piece: Piece, wanted: str | None) -> Encoded | None:

@@ -12,27 +12,27 @@ from compresso.errors import GateError, ResourceError
 
 NAME = "llama.cpp"
 MOST_AT_ONCE = 512  # tokens of one llama_decode, as in llama.cpp's own programs
-WARNING = 3  # ggml_log_level; what is worse is higher, but for 5, which goes on with the last line
-CONTINUED = 5
+ERROR, CONTINUED = 4, 5  # ggml_log_level; the second goes on with the line before
 FLOAT32 = 0  # ggml_type
 
 
 class Said:
-    """What llama.cpp says while it works, of which the worst is kept."""
+    """What llama.cpp says of what goes wrong."""
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._level = 0
+        self._text = ""
+        self._bad = False
 
     def take(self, level: int, text: bytes, _: object) -> None:
         """What llama.cpp calls with every piece of a line."""
-        self._level = level if level != CONTINUED else self._level
-        if self._level >= WARNING:
-            self._lines.append(text.decode("utf-8", "replace").strip())
+        self._bad = level == ERROR if level != CONTINUED else self._bad
+        if self._bad:
+            self._text += text.decode("utf-8", "replace")
 
-    def last(self) -> str:
-        """The last line that says something."""
-        return next((line for line in reversed(self._lines) if line), "it does not say why")
+    def reason(self) -> str:
+        """Its first complaint: what follows is that it could not go on."""
+        lines = [line.strip() for line in self._text.splitlines() if line.strip(" =")]
+        return lines[0] if lines else "it does not say why"
 
 
 def open_library() -> tuple[Any, Said]:
@@ -66,11 +66,11 @@ class Model:
         settings.n_gpu_layers = 0
         self._model = library.llama_model_load_from_file(path.encode(), settings)
         if not self._model:
-            raise GateError(f"`{path}` does not load in {NAME}: {said.last()}")
+            raise GateError(f"`{path}` does not load in {NAME}: {said.reason()}")
         self._corrections = []
         for file in corrections:
             if not (found := library.llama_adapter_lora_init(self._model, file.encode())):
-                raise GateError(f"`{file}` does not load in {NAME}: {said.last()}")
+                raise GateError(f"`{file}` does not load in {NAME}: {said.reason()}")
             self._corrections.append(found)
         self._words = library.llama_model_get_vocab(self._model)
         self._vocabulary: int = library.llama_vocab_n_tokens(self._words)
@@ -88,7 +88,7 @@ class Model:
             settings.flash_attn_type = 0
         self._context = library.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise GateError(f"{NAME} has no room for {tokens} tokens: {self._said.last()}")
+            raise GateError(f"{NAME} has no room for {tokens} tokens: {self._said.reason()}")
         for correction in self._corrections:
             self._put(correction)
 
@@ -96,7 +96,7 @@ class Model:
         adapters = (ctypes.c_void_p * 1)(correction)
         scales = (ctypes.c_float * 1)(1.0)
         if self._library.llama_set_adapters_lora(self._context, adapters, 1, scales):
-            raise GateError(f"{NAME} does not take the corrections: {self._said.last()}")
+            raise GateError(f"{NAME} does not take the corrections: {self._said.reason()}")
 
     def forget(self) -> None:
         """Begin a text anew."""
@@ -118,7 +118,7 @@ class Model:
             failed = library.llama_decode(self._context, batch)
             library.llama_batch_free(batch)
             if failed:
-                raise GateError(f"{NAME} fails to run the model: {self._said.last()}")
+                raise GateError(f"{NAME} fails to run the model: {self._said.reason()}")
             for place in range(len(part)):
                 if every or first + place == len(tokens) - 1:
                     rows.append(self._row(place))
