@@ -61,7 +61,7 @@ KNOW_TRANSFORMERS = (
     "models/",
     "checkpoint/proof.py",
     "checkpoint/reload.py",
-    "runtimes/transformers.py",
+    "runtimes/transformers",
     "runtime.py",
 )
 # What runs a model, or shows what a stage found.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.probe import probe_of
 from compresso.calibration.replay import replay
 from compresso.checkpoint.hub import resolve
-from compresso.checkpoint.proof import Fingerprint, prove
+from compresso.checkpoint.proof import TOLERANCE, Fingerprint, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, GateError
 from compresso.families import FAMILIES, RESTRUCTURED
@@ -97,7 +98,8 @@ def _chosen(path: Path, runtimes: list[str]) -> list[Engine]:
 def _expected(path: Path, record: dict[str, Any], runtime: Runtime) -> tuple[Fingerprint, str]:
     """What the model should say, and who says so."""
     if (values := record.get("fingerprint")) is not None:
-        return Fingerprint.from_json(values), f"the fingerprint in `{RECORD}`"
+        expected = Fingerprint.from_json(values)
+        return _computed_in(expected, runtime.dtype), f"the fingerprint in `{RECORD}`"
     if path.is_file():
         raise CheckpointError(
             f"there is no fingerprint beside `{path}` to hold it against",
@@ -119,6 +121,14 @@ def _expected(path: Path, record: dict[str, Any], runtime: Runtime) -> tuple[Fin
         trust_remote_code=runtime.trust_remote_code,
     )
     return Fingerprint(tokens, logits, dtype), "compresso's own evaluation, block by block"
+
+
+def _computed_in(expected: Fingerprint, dtype: torch.dtype | None) -> Fingerprint:
+    """The same, to be compared with a model that runs in another type."""
+    if dtype is None or dtype == expected.dtype:
+        return expected
+    limits = [TOLERANCE[one] for one in (dtype, expected.dtype) if one is not None]
+    return replace(expected, dtype=dtype, tolerance=max(*limits, expected.tolerance or 0.0, 0.0))
 
 
 def _run(
