@@ -14,7 +14,10 @@ from compresso import __version__, registry
 from compresso.commands import HELP, AsJson, Fresh, Model, choose_model, print_json, stage_command
 from compresso.config import build
 from compresso.errors import ConfigError
+from compresso.export_command import STAGE as EXPORT
+from compresso.export_command import export_command
 from compresso.listing import TOPICS
+from compresso.model_commands import add_commands
 from compresso.options import option_name, runtime_parameters, sort_runtime, with_options
 from compresso.recipe import load_recipe, locate
 from compresso.report import show_report, show_rows
@@ -36,8 +39,10 @@ def make_app() -> typer.Typer:
     )
     app.callback()(compresso)
     for stage in registry.STAGES:
-        app.command(stage, help=HELP[stage])(stage_command(stage))
+        command = export_command() if stage == EXPORT else stage_command(stage)
+        app.command(stage, help=HELP[stage])(command)
     app.command("run")(with_options(run, runtime_parameters()))
+    add_commands(app)
     app.command("inspect")(inspect)
     app.command("list")(list_topics)
     return app
@@ -115,7 +120,8 @@ def run(
     if as_json:
         print_json(outcomes)
     else:
-        made = [o for o in outcomes if registry.stage(o.step.stage).leaves is not None]
+        stages = {name for name, stage in registry.STAGES.items() if stage.leaves or stage.exports}
+        made = [outcome for outcome in outcomes if outcome.step.stage in stages]
         typer.echo((made or outcomes)[-1].path)
 
 

@@ -41,6 +41,9 @@ HELP = {
     "heal": """Train MODEL briefly, to give back what compression took.
 
     Writes a checkpoint of the same form, or MODEL with an adapter beside its weights.""",
+    "export": """Write MODEL in formats that other programs read, and prove it where it will run.
+
+    Each becomes a directory of its own; nothing goes on from it unless told to.""",
     "eval": """Measure MODEL against its original: perplexity, distance, speed and size.
 
     Writes a report directory. With `--assert`, fails if a limit is not kept.""",
@@ -116,7 +119,7 @@ def stage_command(stage: str) -> Callable[..., None]:
             raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
         request = make_request(stage, model or model_option, output, options)
         if save_recipe is not None:
-            _save_recipe(request, save_recipe)
+            save_as_recipe([request], save_recipe)
             typer.echo(save_recipe)
         else:
             outcome = run_request(request, fresh=fresh)
@@ -140,10 +143,11 @@ def make_request(
     where = f"compresso {stage}"
     given = sort_options(stage, options)
     step = make_step(stage, given.step, where=where)
-    if given.calibration and not registry.method(stage, step.method).calibrated:
+    if given.calibration and not registry.reads_text(stage, step.method, step.settings):
         name = flag(next(iter(given.calibration)))
+        kind = registry.stage(stage).named
         raise ConfigError(
-            f"{where}: method `{step.method}` reads no text, so `{name}` would do nothing",
+            f"{where}: {kind} `{step.method}` reads no text, so `{name}` would do nothing",
             hint=f"leave out `{name}`",
         )
     return Request(
@@ -195,10 +199,16 @@ def print_json(outcomes: list[Outcome]) -> None:
     typer.echo(json.dumps(values, indent=1))
 
 
-def _save_recipe(request: Request, path: Path) -> None:
+def save_as_recipe(requests: list[Request], path: Path) -> None:
+    """Write the steps of requests, which are alike in all else, as a recipe.
+
+    Raises ConfigError if the file exists, ResourceError if it cannot be written.
+    """
     if path.exists():
         raise ConfigError(f"`{path}` exists", hint="choose another name for the recipe")
-    recipe = Recipe(request.model, request.calibration, request.runtime, (request.step,))
+    first = requests[0]
+    steps = tuple(request.step for request in requests)
+    recipe = Recipe(first.model, first.calibration, first.runtime, steps)
     try:
         path.write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:

@@ -34,6 +34,9 @@ class Stage:
     methods: the first is the default.
     copies:  whether it copies stored tensors, so that an adapter beside them would be lost.
     trains:  whether it learns from text, so that some of that is kept apart to judge by.
+    exports: whether it writes the model in a form that other programs read; no stage goes on from
+             that unless told to.
+    named:   what users call a method of this stage.
     together: whether several processes can share its work.
     presets: name -> method and settings.
     """
@@ -45,4 +48,6 @@ class Stage:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     copies: bool = False
     trains: bool = False
+    exports: bool = False
+    named: Literal["method", "format"] = "method"
     together: bool = False

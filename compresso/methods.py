@@ -15,6 +15,7 @@ from compresso.depth_settings import (
     TailSettings,
     TaylorSettings,
 )
+from compresso.export_methods import EXPORT
 from compresso.fold_settings import FoldGptSettings, RecursiveSettings
 from compresso.method import Method, Stage
 from compresso.quantize_settings import (
@@ -232,4 +233,5 @@ STAGES = {
             ),
         },
     ),
+    "export": EXPORT,
 }

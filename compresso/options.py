@@ -135,7 +135,9 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
     """One parameter for every setting of a stage's methods, its calibration and the runtime."""
     methods = registry.stage(stage).methods
     parameters = []
-    if len(methods) > 1:
+    if registry.stage(stage).named == "format":
+        parameters.append(_format_parameter(methods))
+    elif len(methods) > 1:
         parameters.append(_method_parameter(methods))
     if presets := registry.stage(stage).presets:
         parameters.append(_preset_parameter(presets))
@@ -179,6 +181,19 @@ def _method_parameter(methods: dict[str, registry.Method]) -> inspect.Parameter:
         rich_help_panel="Method",
     )
     return _keyword("method", Annotated[str | None, option])
+
+
+def _format_parameter(methods: dict[str, registry.Method]) -> inspect.Parameter:
+    lines = [f"`{name}`: {_first_line(entry.settings)}" for name, entry in methods.items()]
+    option = typer.Option(
+        "--format",
+        "-f",
+        help=f"Repeatable. {' '.join(lines)}",
+        show_default=False,
+        metavar="|".join(methods),
+        rich_help_panel="Method",
+    )
+    return _keyword("format", Annotated[list[str] | None, option])
 
 
 def _preset_parameter(presets: dict[str, dict[str, Any]]) -> inspect.Parameter:

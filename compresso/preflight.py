@@ -89,6 +89,8 @@ def check_adapter(step: Step, source: Checkpoint) -> None:
 
 def check_packages(step: Step, source: Checkpoint) -> None:
     """Raises ResourceError if packed weights are involved and cannot be loaded here."""
+    if registry.stage(step.stage).exports:  # decodes the weights itself, and says what it misses
+        return
     needed = {str(method_of(source.config))}
     if step.stage == "quantize" and step.settings.pack:
         needed.add(registry.packed_as(step.method, step.settings))
@@ -102,6 +104,8 @@ def check_packages(step: Step, source: Checkpoint) -> None:
 
 def smallest_output(step: Step, source: Checkpoint) -> int:
     """Bytes the step's output holds at the very least."""
+    if (step.stage, step.method) == ("export", "dense"):
+        return source.parameters * source.dtype.itemsize
     if registry.stage(step.stage).leaves is None:
         return 0
     if step.stage == "quantize" and step.settings.pack:

@@ -99,12 +99,19 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
     """
     methods = registry.stage(stage, where=where).methods
     values = registry.with_preset(stage, values, where=where)
+    named = registry.stage(stage).named
+    if named != "method" and named in values:
+        if "method" in values:
+            raise ConfigError(f"{where}: give only one of `{named}`, `method`")
+        values["method"] = values.pop(named)
     gates: tuple[Gate, ...] = ()
     if stage == "eval" and "assert" in values:
         gates = parse_gates(values.pop("assert"), where=where)
     name = values.pop("method", None)
     if not isinstance(name, str | None):
-        raise ConfigError(f"{where}: `method` must be a name", hint=f"known: {', '.join(methods)}")
+        raise ConfigError(f"{where}: `{named}` must be a name", hint=f"known: {', '.join(methods)}")
+    if name is None and named != "method" and not values:
+        raise ConfigError(f"{where}: name a {named}", hint=f"known: {', '.join(methods)}")
     if name is None:
         accepting = (
             m for m, entry in methods.items() if set(values) <= set(fields(entry.settings))
@@ -220,15 +227,15 @@ def _check_keys(values: dict[str, Any], known: tuple[str, ...], where: str) -> N
 
 def _check_step_keys(stage: str, method: str, values: dict[str, Any], where: str) -> None:
     """Raises ConfigError for a key that this method lacks, saying where it belongs if anywhere."""
-    methods = registry.stage(stage).methods
+    methods, named = registry.stage(stage).methods, registry.stage(stage).named
     for key in values:
         having = [name for name, entry in methods.items() if key in fields(entry.settings)]
         if method in having:
             continue
         if having:
             raise ConfigError(
-                f"{where}: `{stage}` method `{method}` has no `{key}`",
-                hint=f"methods that have it: {', '.join(having)}",
+                f"{where}: `{stage}` {named} `{method}` has no `{key}`",
+                hint=f"{named}s that have it: {', '.join(having)}",
             )
         for section, cls in (("calibration", CalibrationSettings), ("runtime", RuntimeSettings)):
             if key in fields(cls):
@@ -237,7 +244,7 @@ def _check_step_keys(stage: str, method: str, values: dict[str, Any], where: str
                     hint=f"in a recipe it goes under `{section}:`, beside `stages:`",
                 )
         known = [name for entry in methods.values() for name in fields(entry.settings)]
-        extra = ["method", *(["assert"] if stage == "eval" else [])]
+        extra = [*dict.fromkeys([named, "method"]), *(["assert"] if stage == "eval" else [])]
         extra += ["preset"] if registry.stage(stage).presets else []
         _check_keys({key: None}, tuple(dict.fromkeys([*extra, *known])), where)
 

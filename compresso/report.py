@@ -15,6 +15,7 @@ from compresso.runtime import format_bytes
 
 if TYPE_CHECKING:
     from compresso.checkpoint.proof import Fingerprint
+    from compresso.formats.writing import Written
     from compresso.kernels.lowrank import LowRank
 
 MOST_ROWS_SHOWN = 100
@@ -49,6 +50,7 @@ class Report:
     files:       what else was written to the output: what it is -> file name.
     adapter:     low-rank corrections of the output's linears, by path in the checkpoint; None if it
                  has no adapter.
+    written:     what is left to do with an export; None if it is none.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Report:
     carried: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, LowRank] | None = None
+    written: Written | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What is kept in `compresso.json` and printed by `--json`."""
@@ -100,7 +103,8 @@ def show_report(report: Report, title: str) -> None:
 
         console.print(analysis_view(report, width=console.width))
         return
-    if report.rows and "block" in report.rows[0] and "linear" not in report.rows[0]:
+    first = report.rows[0] if report.rows else {}
+    if "stored" in first or ("block" in first and "linear" not in first):
         console.print(rows_table(report.rows[:MOST_ROWS_SHOWN], title))
     if report.summary:
         console.print(summary_table(report.summary, title))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,15 +15,14 @@ from typing import Any
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
-from compresso.calibration.replay import replay
-from compresso.checkpoint.packings import BITSANDBYTES, method_of
-from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
+from compresso.exporting import finish_export
 from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
+from compresso.proving import prove_here
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, launched, log, warn
@@ -123,7 +121,7 @@ def run_new(
     processes.wait()  # until all have seen that there is nothing yet
     if not processes.first:
         return _follow(work, target, processes)
-    if stage.leaves is None:
+    if stage.leaves is None and not stage.exports:
         report = _write_report(work, target)
     else:
         with CheckpointWriter(target, key=work.key, parts=_parts(source), fresh=fresh) as writer:
@@ -186,16 +184,12 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
     """Run a stage that writes a checkpoint; prove the checkpoint, then publish it."""
     try:
         report = work.run(writer)
-        if report.config is None or report.fingerprint is None:
-            raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
-        files = side_files(work.source, report.config)
-        writer.finalize(config=report.config, side_files=files, expected=report.expected)
-        written = Checkpoint(writer.partial)
-        adapter = put_adapter(written, report, writer.target, work.runtime)
-        proof = _prove(work, writer.partial, report)
-        proved = {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
+        if report.written is not None:
+            proved = finish_export(work.source, work.step, report, writer, work.runtime)
+        else:
+            proved = _finish(work, writer, report)
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | adapter | proved)
+        writer.write_record(work.record(report) | proved)
         writer.publish()
     except GateError as error:
         raise GateError(
@@ -211,39 +205,19 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
     return report
 
 
-def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
-    """Hold what was written against the model in memory, within the memory budget.
-
-    A model that fits it is loaded whole, as users load it, and generates. A larger one is run block
-    by block, and so is, besides, one that bitsandbytes runs, whose kernels round more than a proof
-    may allow. One with an adapter is loaded only if PEFT is there.
-    """
-    assert report.fingerprint is not None
-    runtime, written = work.runtime, Checkpoint(path)
-    dtype = runtime.compute_dtype(work.source.dtype)
-    fits = written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory
-    corrected = written.adapter is not None
-    loads = fits and (not corrected or importlib.util.find_spec("peft") is not None)
-    if not loads or method_of(written.config) == BITSANDBYTES:
-        logits = replay(
-            written,
-            report.fingerprint.tokens,
-            dtype=dtype,
-            device=runtime.device,
-            trust_remote_code=runtime.trust_remote_code,
-        )
-        found = compare(path, logits, report.fingerprint, TOLERANCE[dtype])
-        found = replace(found, adapter="compresso" if corrected else None)
-    if loads:
-        found = prove(
-            path,
-            report.fingerprint,
-            dtype=dtype,
-            device=runtime.device,
-            trust_remote_code=runtime.trust_remote_code,
-            carried=report.carried,
-        )
-    return found
+def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
+    """Add everything but the record, and prove the whole; what the record has to say of it."""
+    if report.config is None or report.fingerprint is None:
+        raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
+    files = side_files(work.source, report.config)
+    writer.finalize(config=report.config, side_files=files, expected=report.expected)
+    adapter = put_adapter(Checkpoint(writer.partial), report, writer.target, work.runtime)
+    dtype = work.runtime.compute_dtype(work.source.dtype)
+    expected = replace(report.fingerprint, dtype=dtype)
+    written = Checkpoint(writer.partial)
+    proof = prove_here(written, expected, work.runtime, carried=report.carried)
+    proved = {"fingerprint": expected.to_json(), "carried": report.carried, "proof": asdict(proof)}
+    return adapter | proved
 
 
 def _write_report(work: _Work, target: Path) -> Report:

@@ -11,10 +11,11 @@ from compresso.provenance import RECORD, read_record
 
 RUNS = Path("compresso-runs")
 REFERENCE = "reference"
+EXPORT = "export"
 
 
 def newest_checkpoint(runs: Path = RUNS) -> Path | None:
-    """The checkpoint under `runs` that was made last, by the time its record gives."""
+    """The checkpoint under `runs` that was made last, by the time its record gives; no export."""
     dated = [(record_time(path), str(path)) for path in _checkpoints(runs)]
     return Path(max(dated)[1]) if dated else None
 
@@ -50,7 +51,9 @@ def _checkpoints(runs: Path) -> Iterator[Path]:
     for config in (*runs.glob("*/config.json"), *runs.glob("*/*/config.json")):
         path = config.parent
         unfinished = any(".partial" in part for part in path.parts)
-        if (path / RECORD).is_file() and not unfinished:
+        if not (path / RECORD).is_file() or unfinished:
+            continue
+        if (read_record(path)["step"] or {}).get("stage") != EXPORT:
             yield path
 
 

@@ -33,9 +33,9 @@ from compresso.models.coded_linear import CodedLinear
 from compresso.provenance import read_record
 from compresso.recipe import make_step
 from compresso.run import run_step
+from compresso.runtimes import transformers as engine
 from compresso.settings import CalibrationSettings
 from compresso.stages.inspect import inspect_checkpoint, print_inspection
-from compresso.stages.speed import _measure
 
 
 def stock(family, path, **changes):
@@ -341,14 +341,16 @@ def test_it_is_evaluated_and_analyzed(tmp_path, monkeypatch):
     assert found == expected
 
 
-def test_speed_is_measured_with_it(dense):
-    options = {"device": "cpu", "trust_remote_code": False, "threads": 1}
+def test_runtimes_run_it_too(dense):
     ids = tokens(1, 8)
-    speed = _measure(str(dense.path), ids.tolist(), ids.tolist(), **options)
-    expected = load(dense).generate(
-        ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
+    model = load(dense)
+    expected = model.generate(
+        ids, max_new_tokens=16, eos_token_id=None, do_sample=False, pad_token_id=0
     )
+    speed = engine.speed(dense.path, ids, 16)
     assert speed.continuation == expected[0, 8:].tolist()
+    assert speed.disk_bytes == dense.stored_bytes
+    assert torch.allclose(engine.logits(dense.path, ids), model(ids).logits, atol=1e-5)
 
 
 def test_it_is_inspected(dense, capsys):

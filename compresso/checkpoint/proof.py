@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +11,8 @@ import torch
 from torch import Tensor
 
 from compresso.checkpoint.directory import ADAPTER, ADAPTER_WEIGHTS, has_adapter, read_shard
-from compresso.errors import GateError, ResourceError
+from compresso.checkpoint.reload import blaming, quiet, reload, with_adapter
+from compresso.errors import GateError
 
 # Largest difference allowed, as a share of the largest logit. What the type's rounding can add up
 # to over the blocks; a wrong weight or a shifted block is far above it.
@@ -30,20 +29,28 @@ class Fingerprint:
     """What a model says about some tokens.
 
     tokens: (1, T) int64. logits: (1, T, V) float32; -inf where they were not recorded.
+    dtype:     type the model computed in, if it is known.
+    tolerance: share of the largest logit that the model may be off by where it will run; None for
+               what rounding in `dtype` comes to.
     """
 
     tokens: Tensor
     logits: Tensor
+    dtype: torch.dtype | None = None
+    tolerance: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the tokens and, of each position, the 8 highest logits."""
         top = self.logits[0].topk(min(TOP, self.logits.shape[-1]))
-        return {
+        values = {
             "tokens": self.tokens[0].tolist(),
             "vocabulary": self.logits.shape[-1],
             "top_tokens": top.indices.tolist(),
             "top_logits": [[round(value, 5) for value in row] for row in top.values.tolist()],
         }
+        if self.dtype is not None:
+            values["dtype"] = str(self.dtype).removeprefix("torch.")
+        return values if self.tolerance is None else {**values, "tolerance": self.tolerance}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -52,7 +59,8 @@ class Fingerprint:
         logits = torch.full((len(tokens), values["vocabulary"]), -torch.inf)
         indices = torch.tensor(values["top_tokens"])
         logits.scatter_(1, indices, torch.tensor(values["top_logits"]))
-        return cls(tokens[None], logits[None])
+        dtype = getattr(torch, values["dtype"]) if "dtype" in values else None
+        return cls(tokens[None], logits[None], dtype, values.get("tolerance"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ def prove(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     carried: Collection[str] = (),
+    tolerance: float | None = None,
 ) -> ProofReport:
     """Reload a checkpoint with plain transformers and compare it with the model in memory.
 
@@ -97,14 +106,15 @@ def prove(
     fingerprint: what the model in memory said. Not modified.
     dtype:       type the model in memory computed in; the reloaded weights are cast to it.
     carried:     stored tensors that no module takes, and that the source had as well.
+    tolerance:   share of the largest logit; that of the type, or of kernels known, if not given.
 
     Raises GateError if it does not load, a tensor is missing, left over or of the wrong shape, a
     logit differs by more than the type's tolerance, or generating with a cache differs from
     generating without; ResourceError if transformers needs a package that is not installed.
     """
-    with _quiet(), _blaming(path), torch.no_grad():
-        model = _reload(path, carried, trust_remote_code=trust_remote_code)
-        tolerance = max(TOLERANCE[dtype], *_kernels(model))
+    with quiet(), blaming(path), torch.no_grad():
+        model = reload(path, carried, trust_remote_code=trust_remote_code)
+        tolerance = tolerance or max(TOLERANCE[dtype], *_kernels(model))
         if corrected := has_adapter(path):
             model = with_adapter(model, path)
             _check_factors(model, path / ADAPTER)
@@ -120,36 +130,6 @@ def prove(
         generated, cache_difference = _generate(path, model, tokens, tolerance)
     found = replace(found, generated=generated, cache_difference=cache_difference)
     return replace(found, adapter="peft") if corrected else found
-
-
-def _reload(path: Path, carried: Collection[str], *, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    model, info = loaded
-    problems = {
-        "missing": info["missing_keys"],
-        "left over": set(info["unexpected_keys"]) - set(carried),
-        "of the wrong shape": {mismatch[0] for mismatch in info["mismatched_keys"]},
-    }
-    for what, names in problems.items():
-        if names:
-            raise GateError(
-                f"`{path}` does not load as it is: {len(names)} tensors are {what}, "
-                f"first `{min(names)}`"
-            )
-    return model
-
-
-def with_adapter(model: Any, path: Path) -> Any:
-    """A loaded model with the corrections that are beside it in `path`, put on by plain PEFT."""
-    from peft import PeftModel
-
-    if getattr(getattr(model.config, "quantization_config", None), "dequantize", None) is False:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # weights come with the first forward
-    return PeftModel.from_pretrained(model, path / ADAPTER)
 
 
 def _check_factors(model: Any, folder: Path) -> None:
@@ -237,41 +217,3 @@ def _continue(model: Any, prompt: Tensor, *, use_cache: bool) -> Any:
     model.generation_config = settings
     mask = torch.ones_like(prompt)
     return model.generate(prompt, generation_config=settings, attention_mask=mask)
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Turn whatever transformers raises on a bad checkpoint into an error that names it."""
-    try:
-        yield
-    except ImportError as error:
-        raise ResourceError(
-            f"cannot reload `{path}`: {_first_line(error)}", hint="install the package it names"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"cannot reload `{path}`: {_first_line(error)}") from error
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise GateError(f"`{path}` does not load and run: {_first_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and warnings: the loading report is checked, not read."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,11 +8,12 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.families import Family, family_of
+from compresso.models.config import config_of
 from compresso.models.modeling_compresso import remove_half
 from compresso.models.names import stored_names
 from compresso.models.structure import (
@@ -88,9 +89,7 @@ class ModelAdapter:
         family = family_of(model_type)  # before transformers, which knows other families
         structure_of(source.config)  # transformers would fail anywhere if that is wrong
         try:
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-            if source.config.get("tie_word_embeddings") is False:  # in a view, unlike on disk
-                config.tie_word_embeddings = False
+            config = config_of(source, trust_remote_code=trust_remote_code)
             if needs_code(source.config):  # linears are filled with decoded weights
                 setattr(config, KEY, without_codes(source.config[KEY]))
             # Only parameters: rotary tables on the meta device would be lost.

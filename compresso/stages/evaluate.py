@@ -16,7 +16,7 @@ from compresso.calibration.opening import open_adapter
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, ResourceError
 from compresso.kernels.divergence import (
     Estimate,
     TokenScores,
@@ -30,13 +30,16 @@ from compresso.models.tokenizer import Tokenizer
 from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.report import Report
-from compresso.runtime import Runtime, format_bytes, free_memory, track
+from compresso.runtime import Runtime, track
+from compresso.runtimes import transformers
+from compresso.runtimes.memory import shortage
 from compresso.settings import EvalSettings
-from compresso.stages.speed import measure_speed
 
 # Logits of one chunk of positions are held for two models at once, in float32.
 LOGITS_BYTES = 256 * 2**20
 SAMPLE_TOKENS = 24
+DECODED = 64
+SPEEDS = ("prefill", "decode", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -225,26 +228,24 @@ def _speed(
             " is not installed: pip install 'compresso-llm[peft]'"
         )
         return {}
-    # Packed weights are unpacked when they run, so a model needs its dense size.
-    needed = int(1.3 * checkpoint.parameters * checkpoint.dtype.itemsize)
-    free = free_memory()
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runtime.device)[0]
-    if needed > free:
-        report.warnings.append(
-            f"`{checkpoint.path}`: speed not measured, it needs about {format_bytes(needed)}"
-            f" and {format_bytes(free)} are free"
-        )
+    if (reason := shortage(checkpoint, runtime.device)) is not None:
+        report.warnings.append(f"`{checkpoint.path}`: speed not measured, {reason}")
         return {}
-    speed = measure_speed(
-        checkpoint.path,
-        calibration.batches[0][:1],
-        prompt,
-        device=str(runtime.device),
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    row = asdict(speed)
-    row["continuation"] = tokenizer.decode(row["continuation"])
+    try:
+        speed = transformers.speed(
+            checkpoint.path,
+            calibration.batches[0][:1],
+            DECODED,
+            sample=prompt,
+            device=str(runtime.device),
+            trust_remote_code=runtime.trust_remote_code,
+        )
+    except ResourceError as error:
+        raise ResourceError(
+            str(error), hint="pass `--no-speed`: the quality is measured block by block"
+        ) from error
+    row = {name: value for name, value in asdict(speed).items() if name in SPEEDS}
+    row["continuation"] = tokenizer.decode(speed.continuation)
     return row
 
 

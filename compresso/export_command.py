@@ -1,0 +1,104 @@
+"""The command `compresso export`, which writes several formats in one run. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from compresso import registry
+from compresso.commands import (
+    AsJson,
+    Fresh,
+    Model,
+    ModelOption,
+    Output,
+    Request,
+    SaveRecipe,
+    choose_model,
+    make_request,
+    print_json,
+    run_request,
+    save_as_recipe,
+)
+from compresso.config import fields
+from compresso.errors import ConfigError
+from compresso.options import flag, stage_parameters, with_options
+from compresso.settings import CalibrationSettings, RuntimeSettings
+
+if TYPE_CHECKING:
+    from compresso.run import Outcome
+
+STAGE = "export"
+
+
+def export_command() -> Callable[..., None]:
+    """The function behind it, with a parameter for every option of every format."""
+
+    def command(
+        *,
+        model: Model = None,
+        model_option: ModelOption = None,
+        output: Output = None,
+        fresh: Fresh = False,
+        as_json: AsJson = False,
+        save_recipe: SaveRecipe = None,
+        **options: Any,
+    ) -> None:
+        if model is not None and model_option is not None:
+            raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
+        requests = export_requests(model or model_option, output, options)
+        if save_recipe is not None:
+            save_as_recipe(requests, save_recipe)
+            typer.echo(save_recipe)
+            return
+        outcomes: list[Outcome] = [run_request(request, fresh=fresh) for request in requests]
+        if as_json:
+            print_json(outcomes)
+        else:
+            for outcome in outcomes:
+                typer.echo(outcome.path)
+
+    return with_options(command, stage_parameters(STAGE))
+
+
+def export_requests(
+    model: str | None, output: Path | None, options: dict[str, Any]
+) -> list[Request]:
+    """One request for every format, each with those of the options that it has.
+
+    Several formats are written to directories in `output` that have their names; one to `output`.
+
+    Raises ConfigError if no format is named, one twice, or an option is none of any of them.
+    """
+    where = f"compresso {STAGE}"
+    formats: list[str] = list(options.pop("format") or [])
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    settings = {name: registry.method(STAGE, name, where=where).settings for name in formats}
+    if len(settings) != len(formats):
+        raise ConfigError(f"{where}: a format is named twice")
+    if not formats:
+        return [make_request(STAGE, model, output, given)]
+    known = {name: {*fields(record), *fields(RuntimeSettings)} for name, record in settings.items()}
+    for name in formats:
+        if registry.method(STAGE, name).calibrated:
+            known[name] |= {*fields(CalibrationSettings)}
+    for option in given:
+        if not any(option in names for names in known.values()):
+            raise ConfigError(
+                f"{where}: `{flag(option)}` is no option of {_listed(formats)}",
+                hint="`compresso export --help` says which format has it",
+            )
+    model = model or choose_model()
+    requests = []
+    for name in formats:
+        own = {option: value for option, value in given.items() if option in known[name]}
+        place = output / name if output is not None and len(formats) > 1 else output
+        requests.append(make_request(STAGE, model, place, {"method": name, **own}))
+    return requests
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
