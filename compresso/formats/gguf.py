@@ -47,8 +47,8 @@ SAMPLES = (
     "\u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \u3053\u3093\u306b\u3061\u306f",
     "  leading, trailing  ",
 )
-# Marks that combine with a letter, which llama.cpp does not compose, and in some of its splits takes
-# for no part of a word.
+# Marks that combine with a letter: llama.cpp does not compose them, and in some of its splits takes
+# them for no part of a word.
 RARE = (
     "\U0001f600\u200d\U0001f525 \u2211\u221e e\u0301 DON'T don't",
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
