@@ -68,6 +68,119 @@ class ExportSettings:
     ] = True
 
 
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Annotated[
+    int,
+    limit(
+        ge=-1, description="For codes found now: columns sharing one scale; -1 for the whole row."
+    ),
+]
+Symmetric = Annotated[
+    bool, limit(description="For codes found now: levels on both sides of zero, and no zero point.")
+]
+
+
+RoundBits = Annotated[
+    Bits | None,
+    limit(
+        description="Round linears to so many bits, by nearest levels, that have no codes that"
+        " the format can hold; without it, they are stored dense."
+    ),
+]
+HeadBits = Annotated[
+    Bits | None, limit(description="The same for the output head, if it has its own weights.")
+]
+Uniform = Annotated[
+    bool,
+    limit(
+        description="Store all codes in the one form that holds them all: as wide as the"
+        " widest, in the smallest groups. Needed for asymmetric codes of several widths."
+    ),
+]
+
+
+@settings
+class RoundingSettings(ExportSettings):
+    """What is rounded to codes now, as the source has no codes that can be repacked."""
+
+    bits: RoundBits = None
+    lm_head_bits: HeadBits = None
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+
+
+@settings
+class CompressedTensorsSettings(RoundingSettings):
+    """Codes as compressed-tensors packs them, for transformers and vLLM."""
+
+    structure: Structure = "own"
+    embedding_bits: Annotated[
+        Bits | None,
+        limit(description="The same for the embedding, if all codes come in one form."),
+    ] = None
+    uniform: Uniform = False
+
+
+@settings
+class DecilmSettings(ExportSettings):
+    """Blocks without attention or MLP as Nemotron-NAS has them, for transformers and vLLM."""
+
+    pack: Annotated[
+        bool,
+        limit(
+            description="Keep codes, as compressed-tensors packs them; otherwise all weights are"
+            " dense."
+        ),
+    ] = True
+    uniform: Uniform = False
+
+
+@settings
+class CodesSettings(ExportSettings):
+    """What is rounded to codes now, for formats that hold no embedding of codes."""
+
+    structure: Structure = "stock"
+    bits: RoundBits = None
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+
+
+@settings
+class GptqExportSettings(CodesSettings):
+    """Codes as GPTQ packs them, all in one form; for transformers with gptqmodel, and vLLM."""
+
+    uniform: Uniform = False
+
+
+@settings
+class AutoRoundExportSettings(CodesSettings):
+    """The same in auto-round's form: any bits, groups and zeros for every linear, and the head."""
+
+    lm_head_bits: HeadBits = None
+
+
+@settings
+class BitsAndBytesSettings(ExportSettings):
+    """4-bit floats or 8-bit integers as bitsandbytes has them; for transformers with it."""
+
+    type: Annotated[
+        Literal["nf4", "fp4", "int8"],
+        limit(description="4-bit floats of normal quantiles or with an exponent, or integers."),
+    ] = "nf4"
+    group_size: Annotated[
+        Literal[64, 128, 256, 512, 1024, 2048, 4096],
+        limit(description="Of the 4-bit floats: weights sharing a scale."),
+    ] = 64
+    double: Annotated[bool, limit(description="Of the 4-bit floats: quantize the scales, too.")] = (
+        False
+    )
+    requantize: Annotated[
+        bool,
+        limit(description="Also round weights that are codes of another kind, a second time."),
+    ] = False
+    structure: Structure = "stock"
+
+
 @settings
 class DenseSettings(ExportSettings):
     """Plain Hugging Face weights, which stock transformers loads with nothing else installed."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compresso.beside import side_files
+from compresso.calibration.replay import distance, fingerprint_of
 from compresso.checkpoint.adapter_folder import AdapterFolder, write_adapter
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.proof import ProofReport, compare, prove
@@ -42,9 +43,14 @@ def finish_export(
     else:
         files = side_files(source, written.config) | written.files
         writer.finalize(config=written.config, side_files=files, expected=written.expected)
-    record: dict[str, Any] = {"fingerprint": report.fingerprint.to_json()}
+    record: dict[str, Any] = {}
     if written.adapter:
         record[ADAPTER] = _put_adapter(source, written, writer)
+    if written.reread:
+        own = fingerprint_of(Checkpoint(writer.partial), runtime)
+        report.summary |= distance(report.fingerprint, own)
+        report.fingerprint = own
+    record["fingerprint"] = report.fingerprint.to_json()
     found = _prove(source, step, report, writer, runtime)
     return record | ({} if found is None else {"proof": found})
 

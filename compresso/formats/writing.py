@@ -40,6 +40,7 @@ class Written:
     tolerance: share of the largest logit that its runtime may be off by; None for what rounding
                to the type it is computed in comes to.
     model:     reads as what is stored, if that is not what the source has; to prove it by.
+    reread:    the same, where compresso can read what was written.
     adapter:   corrections that are to lie beside it, for PEFT, by path in transformers.
     fan_in_fan_out: whether the linears that they correct are modules of (in, out) weights.
     """
@@ -54,6 +55,7 @@ class Written:
     shipped: bool = False
     tolerance: float | None = None
     model: Checkpoint | None = None
+    reread: bool = False
     adapter: dict[str, LowRank] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
