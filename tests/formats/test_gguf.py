@@ -1,12 +1,13 @@
 """GGUF files as the `gguf` package reads them, and models that are refused."""
 
 import json
+import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from correcting import RUNTIME
+from correcting import RUNTIME, run_quantize
 from exporting import close, run_export
 from restructured import STRUCTURES, reference, save
 from tiny_models import BLOCKS, build, tokens
@@ -17,7 +18,9 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError, NumericalError, ResourceError
 from compresso.formats import gguf as gguf_format
 from compresso.formats.gguf_families import ZERO_WIDTH, Piece
-from compresso.formats.gguf_tensors import change, change_back
+from compresso.formats.gguf_file import GgufFile
+from compresso.formats.gguf_tensors import Encoded, change, change_back
+from compresso.formats.gguf_types import gguf_package
 from compresso.models.structure import Structure
 from compresso.recipe import make_step
 from compresso.run import run_step
@@ -129,6 +132,27 @@ REFUSED = {
     "no caps": ("gemma2", {"final_logit_softcapping": None}, "always caps"),
     "caps": ("gemma3_text", {"attn_logit_softcapping": 20.0}, "never caps"),
     "a bias": ("qwen3", {"attention_bias": True}, "no place for `.*o_proj.bias`"),
+    "a rotation of windows": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            }
+        },
+        "in blocks with a window",
+    ),
+    "a rotation of half a head": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        "rotates whole heads",
+    ),
     "a rotation": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -152,6 +176,30 @@ def test_numbers_too_large_for_float16_are_refused(tmp_path):
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(NumericalError, match="float16 cannot hold"):
         run_export(Checkpoint(tmp_path / "source"), tmp_path / "out", "gguf", type="f16")
+
+
+def test_a_full_disk_is_an_error_with_a_hint(tmp_path):
+    tensor = Encoded("x", "f32", (2,), np.zeros(2, dtype=np.float32), "kept")
+    with GgufFile(tmp_path / "x.gguf", "llama") as file:
+        file._scratch.close()
+        file._scratch = open("/dev/full", "wb", buffering=0)
+        with pytest.raises(ResourceError, match="No space left") as refused:
+            file.add(tensor)
+        assert "make room" in refused.value.hint
+
+
+def test_the_package_gguf_is_named_if_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ResourceError, match="needs the package `gguf`"):
+        gguf_package()
+
+
+def test_codes_that_no_type_has_become_dense_and_the_user_is_told(tmp_path):
+    source = run_quantize(
+        stock(tmp_path / "source"), tmp_path / "packed", method="rtn", bits=4, group_size=16
+    )
+    outcome = run_export(source, tmp_path / "out", "gguf", verify=False)
+    assert f"{7 * BLOCKS} linears are stored dense" in outcome.report.warnings[0]
 
 
 def test_types_that_round_need_llama_cpp(tmp_path, monkeypatch):

@@ -245,6 +245,12 @@ def test_columns_that_count_more_are_rounded_better(tmp_path):
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_what_the_quantizer_refuses_is_an_error(tmp_path):
+    out = exported(calm(), tmp_path)
+    with pytest.raises(GateError, match="cannot quantize .*imatrix"):
+        quantize_file(out / "model.gguf", out / "x", "iq2_xxs", kept={}, outer=None, importance={})
+
+
 def test_types_that_are_named_for_head_and_embedding(tmp_path):
     model = calm()
     out = exported(model, tmp_path, type="q4_0", outer="q8_0")

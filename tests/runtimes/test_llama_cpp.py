@@ -1,6 +1,7 @@
 """Running GGUF files in llama.cpp, each time in a process of its own."""
 
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, GateError, ResourceError
 from compresso.runtimes import llama_cpp
 from compresso.runtimes.engine import engine, ready_engine
-from compresso.runtimes.llama_cpp_model import open_library
+from compresso.runtimes.llama_cpp_model import Model, open_library
 
 PROMPT = tokens(1, 12)
+
+
+def llama_cpp_package():
+    return import_module("llama_cpp")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,20 @@ def test_logits_and_text_are_those_of_the_model(folder):
     text = model.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 12:]
     for cache in (True, False):
         assert llama_cpp.generate(folder, PROMPT, 8, cache=cache) == text.tolist()
+
+
+@pytest.mark.runtimes
+def test_what_llama_cpp_says_of_a_failure_is_in_the_error(folder, monkeypatch):
+    file = str(folder / "model.gguf")
+    with pytest.raises(GateError, match=r"does not load in llama.cpp: .*general.type"):
+        Model(file, [file])
+    model = Model(file, [])
+    model.make_room(8, 1)
+    with pytest.raises(GateError, match="fails to run the model: .*token"):
+        model.run([10**6], 0)
+    monkeypatch.setattr(llama_cpp_package(), "llama_init_from_model", lambda *_: None)
+    with pytest.raises(GateError, match="has no room for 8 tokens"):
+        model.make_room(8, 1)
 
 
 @pytest.mark.runtimes
