@@ -247,7 +247,7 @@ def test_columns_that_count_more_are_rounded_better(tmp_path):
 
 def test_what_the_quantizer_refuses_is_an_error(tmp_path):
     out = exported(calm(), tmp_path)
-    with pytest.raises(GateError, match="cannot quantize .*imatrix"):
+    with pytest.raises(GateError, match=r"cannot quantize .*imatrix"):
         quantize_file(out / "model.gguf", out / "x", "iq2_xxs", kept={}, outer=None, importance={})
 
 

@@ -73,7 +73,7 @@ def test_what_llama_cpp_says_of_a_failure_is_in_the_error(folder, monkeypatch):
         Model(file, [file])
     model = Model(file, [])
     model.make_room(8, 1)
-    with pytest.raises(GateError, match="fails to run the model: .*token"):
+    with pytest.raises(GateError, match=r"fails to run the model: .*token"):
         model.run([10**6], 0)
     monkeypatch.setattr(llama_cpp_package(), "llama_init_from_model", lambda *_: None)
     with pytest.raises(GateError, match="has no room for 8 tokens"):
