@@ -88,6 +88,7 @@ def write(export: Export) -> Written:
         rows=rows,
         tolerance=CODES_TOLERANCE if codes else DENSE_TOLERANCE,
         model=weights,
+        corrected=bool(added),
     )
 
 

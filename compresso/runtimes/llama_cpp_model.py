@@ -93,7 +93,7 @@ class Model:
             self._put(correction)
 
     def _put(self, correction: Any) -> None:
-        adapters = (ctypes.c_void_p * 1)(correction)
+        adapters = (type(correction) * 1)(correction)
         scales = (ctypes.c_float * 1)(1.0)
         self._library.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
