@@ -13,7 +13,7 @@ from compresso import registry
 from compresso.config import build, fields
 from compresso.errors import ConfigError
 from compresso.gates import Gate, gate_texts, parse_gates
-from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.settings import TASK, CalibrationSettings, RuntimeSettings
 
 KEYS = ("model", "calibration", "runtime", "stages")
 PATHS = ("dataset", "against", "original")  # settings that may be relative paths
@@ -119,7 +119,11 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
         name = next(accepting, next(iter(methods)))
     method = registry.method(stage, name, where=where)
     _check_step_keys(stage, name, values, where)
-    return Step(stage, name, build(method.settings, values, where=where), gates)
+    settings = build(method.settings, values, where=where)
+    for gate in gates:
+        if gate.metric.startswith(TASK) and not settings.tasks:
+            raise ConfigError(f"{where}: `{gate.metric}` in `assert` needs `tasks`")
+    return Step(stage, name, settings, gates)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -153,7 +157,11 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
 
     def find_in(record: Any) -> Any:
         named = {name: getattr(record, name, None) for name in PATHS}
-        return replace(record, **{name: find(text) for name, text in named.items() if text})
+        found: dict[str, Any] = {name: find(text) for name, text in named.items() if text}
+        if tasks := getattr(record, "tasks", ()):
+            files = (".yaml", ".yml")
+            found["tasks"] = tuple(find(task) if task.endswith(files) else task for task in tasks)
+        return replace(record, **found)
 
     located = replace(
         recipe,
