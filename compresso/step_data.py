@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +42,8 @@ def load_data(
         whole = step.settings.samples is None
         data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust, author=author)
         if step.settings.tasks:  # their questions are read, too
-            key = f"{data.key} {tasks_key(step.settings.tasks)}"
-            data = replace(data, key=hashlib.sha256(key.encode()).hexdigest())
+            asked = {"questions": tasks_key(step.settings.tasks)}
+            data = replace(data, record=data.record | asked)
     elif registry.method(step.stage, step.method).calibrated:
         data = load_calibration(
             calibration,
