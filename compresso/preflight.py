@@ -110,6 +110,8 @@ def check_packages(step: Step, source: Checkpoint) -> None:
 
 def smallest_output(step: Step, source: Checkpoint) -> int:
     """Bytes the step's output holds at the very least."""
+    if (step.stage, step.method) == ("export", "dense"):
+        return source.parameters * source.dtype.itemsize
     if registry.stage(step.stage).leaves is None:
         return 0
     if step.stage == "quantize" and step.settings.pack:

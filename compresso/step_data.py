@@ -44,7 +44,7 @@ def load_data(
         if step.settings.tasks:  # their questions are read, too
             asked = {"questions": tasks_key(step.settings.tasks)}
             data = replace(data, record=data.record | asked)
-    elif registry.method(step.stage, step.method).calibrated:
+    elif registry.reads_text(step.stage, step.method, step.settings):
         data = load_calibration(
             calibration,
             source,

@@ -40,7 +40,7 @@ ALLOWED = {
     "training": CALIBRATION | {"calibration"},
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES,
+    "formats": STAGES | {"gguf_layouts"},
     "tasks": {"calibration"},
 }
 KERNEL_LIBRARIES = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compresso.checkpoint.coded import CODED, ENDING, KEY, Coded, coding_of
 from compresso.checkpoint.directory import Load, TensorInfo
+from compresso.checkpoint.gptq_layout import METHODS, Gptq
 from compresso.checkpoint.layout import CODES, module_of, packed_names, schemes, unpack
 from compresso.errors import CheckpointError, NumericalError
 from compresso.kernels.grid import Packed
@@ -56,7 +57,7 @@ def is_packed(config: dict[str, Any], names: Iterable[str]) -> bool:
     config: a parsed config.json. names: of the stored tensors.
     """
     return (
-        method_of(config) == BITSANDBYTES
+        method_of(config) in (BITSANDBYTES, *METHODS)
         or coding_of(config) is not None
         or any(name.endswith(CODES) for name in names)
     )
@@ -76,6 +77,8 @@ def packing_of(config: dict[str, Any], infos: Mapping[str, TensorInfo], load: Lo
         from compresso.checkpoint.bitsandbytes_layout import BitsAndBytes
 
         return BitsAndBytes(config, infos, load)
+    if method_of(config) in METHODS:
+        return Gptq(config, infos, load)
     return CompressedTensors(config, infos, load)
 
 

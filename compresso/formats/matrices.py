@@ -8,9 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.layout import Scheme
 from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.grid import Grid, Packed
 from compresso.kernels.hqq import AffineCodes
+from compresso.kernels.normal_float import FRACTION, IntegerCodes
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
 
@@ -62,6 +64,24 @@ def matrices(model: Checkpoint, adapter: ModelAdapter) -> list[Matrix]:
     return found
 
 
+def scheme_of(model: Checkpoint, path: str) -> Scheme | None:
+    """Bits, groups and symmetry of a linear that `codes` has codes of, by what config.json says.
+
+    None if it has none. group_size is -1 only where the layout says so.
+    """
+    if path not in model.packing.shapes or corrected(model, path):
+        return None
+    kind = model.packing.kind(path)
+    if "symmetric" in kind:
+        return Scheme(kind["bits"], kind["group_size"], kind["symmetric"])
+    if kind["kind"] == "int8":
+        return Scheme(8, -1, True)
+    # Zeros in more bits than codes have, or as numbers of a type, may be between codes.
+    if kind["kind"] != "affine" or not 0 <= kind.get("zero_bits", -1) <= kind["bits"]:
+        return None
+    return Scheme(kind["bits"], kind["group_size"], kind["zero_bits"] == 0)
+
+
 def corrected(model: Checkpoint, path: str) -> bool:
     """Whether corrections are to be merged into the weight of the linear `path`."""
     return model.adapter is not None and path in model.adapter.ranks
@@ -88,7 +108,13 @@ def affine(model: Checkpoint, path: str) -> Packed | AffineCodes | None:
         return None
     if corrected(model, path):
         return None
-    return model.packing.uniform(path, model.load(model.packing.names(path)))
+    parts = model.load(model.packing.names(path))
+    if model.packing.kind(path).get("kind") == "int8":
+        rows = IntegerCodes(parts[f"{path}.weight"], parts[f"{path}.SCB"], torch.float32)
+        scale = torch.where(rows.absmax > 0, rows.absmax * FRACTION, 1.0)[:, None]
+        middle = torch.full_like(scale, 128)
+        return Packed((rows.codes.int() + 128).to(torch.uint8), Grid(scale, middle, 8))
+    return model.packing.uniform(path, parts)
 
 
 def weight(model: Checkpoint, matrix: Matrix, *, transposed: bool) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compresso.calibration.data import Calibration
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.kernels.lowrank import LowRank
@@ -39,6 +40,7 @@ class Written:
     tolerance: share of the largest logit that its runtime may be off by; None for what rounding
                to the type it is computed in comes to.
     model:     reads as what is stored, if that is not what the source has; to prove it by.
+    reread:    the same, where compresso can read what was written.
     adapter:   corrections that are to lie beside it, for PEFT, by path in transformers.
     fan_in_fan_out: whether the linears that they correct are modules of (in, out) weights.
     """
@@ -53,6 +55,7 @@ class Written:
     shipped: bool = False
     tolerance: float | None = None
     model: Checkpoint | None = None
+    reread: bool = False
     adapter: dict[str, LowRank] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
@@ -62,6 +65,7 @@ class Export:
     """One run: the source, what the user asked for, and where it goes.
 
     source: as the user gave it. report: for warnings and the summary.
+    calibration: batches of text, for a format that was asked to weigh what it rounds.
     """
 
     source: Checkpoint
@@ -69,6 +73,7 @@ class Export:
     writer: CheckpointWriter
     runtime: Runtime
     report: Report
+    calibration: Calibration | None = None
 
     @property
     def beside(self) -> bool:

@@ -8,10 +8,7 @@ import torch
 
 from compresso import registry
 from compresso.calibration.data import Calibration
-from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_tokens
-from compresso.calibration.replay import replay
-from compresso.checkpoint.proof import Fingerprint
+from compresso.calibration.replay import distance, fingerprint_of
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError
@@ -46,30 +43,20 @@ def export(
     write: Callable[[Export], Written] = registry.load(
         registry.method(step.stage, step.method).code
     )
-    written = write(Export(source, step.settings, target, runtime, report))
+    written = write(Export(source, step.settings, target, runtime, report, calibration))
     report.written = written
     report.rows = written.rows
     report.config, report.expected = written.config, written.expected
     report.carried = written.carried
     report.summary = _summary(source, written) | report.summary
-    model = written.model or source
-    if source.adapter is not None and not (written.adapter or step.settings.merge_adapter):
-        model = without_adapter(model)
-    report.fingerprint = _fingerprint(model, runtime)
+    dropped = source.adapter is not None and not (written.adapter or step.settings.merge_adapter)
+    model = without_adapter(source) if dropped else source
+    report.fingerprint = fingerprint_of(model, runtime)
+    if written.model is not None:
+        own = fingerprint_of(written.model, runtime)
+        report.summary |= distance(report.fingerprint, own)
+        report.fingerprint = own
     return report
-
-
-def _fingerprint(model: Checkpoint, runtime: Runtime) -> Fingerprint:
-    config = open_adapter(model, runtime).config.get_text_config()
-    tokens = probe_tokens(config.vocab_size)
-    logits = replay(
-        model,
-        tokens,
-        dtype=runtime.compute_dtype(model.dtype),
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    return Fingerprint(tokens, logits)
 
 
 def _summary(source: Checkpoint, written: Written) -> dict[str, object]:

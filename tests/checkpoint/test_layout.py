@@ -230,7 +230,7 @@ def test_no_quantization() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "gptq"}, "quantized by `gptq` cannot be read"),
+        ({"quant_method": "awq"}, "quantized by `awq` cannot be read"),
         ({"format": "float-quantized"}, "format `float-quantized` cannot be read"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "a preset name"),
         ({"config_groups": {"a": group(targets=["re:nothing", "Conv"])}}, "no group of"),

@@ -255,7 +255,7 @@ def test_weights_in_a_foreign_format_can_be_listed_but_not_read(tmp_path: Path) 
     write_packed(tiny("llama"), tmp_path, Scheme(4, 32, True))
     source = tmp_path / "packed"
     values = json.loads((source / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    values["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (source / "config.json").write_text(json.dumps(values))
     checkpoint = Checkpoint(source)
     assert checkpoint.info(checkpoint.names()[0]).nbytes > 0
@@ -266,6 +266,6 @@ def test_weights_in_a_foreign_format_can_be_listed_but_not_read(tmp_path: Path) 
         lambda: checkpoint.load_weights(["model.norm.weight"]),
         lambda: checkpoint.parameters,
     ):
-        with pytest.raises(CheckpointError, match="quantized by `gptq` cannot be read") as caught:
+        with pytest.raises(CheckpointError, match="quantized by `awq` cannot be read") as caught:
             read()
         assert "start from the original" in str(caught.value.hint)

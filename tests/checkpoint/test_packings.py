@@ -49,8 +49,8 @@ def test_what_is_packed() -> None:
 
 
 def test_what_cannot_be_read() -> None:
-    with pytest.raises(CheckpointError, match="quantized by `gptq` cannot be read"):
-        packing_of({"quantization_config": {"quant_method": "gptq"}}, {})
+    with pytest.raises(CheckpointError, match="quantized by `awq` cannot be read"):
+        packing_of({"quantization_config": {"quant_method": "awq"}}, {})
     with pytest.raises(CheckpointError, match=r"`x.y` is packed, but there is no"):
         packing_of({}, PACKED)
 
