@@ -26,6 +26,7 @@ FLAGS = {
     "length": "--seqlen",
     "symmetric": "--sym/--asym",
     "block": "--hadamard",
+    "for_runtime": "--for",
 }
 DANGEROUS = ("trust_remote_code",)
 BLOCK_LISTS = {"drop": "3,4,a7", "protect": "first,last", "keep": "3,4"}  # and how they are written
