@@ -17,6 +17,7 @@ from compresso.errors import ConfigError
 from compresso.export_command import STAGE as EXPORT
 from compresso.export_command import export_command
 from compresso.listing import TOPICS
+from compresso.model_commands import add_commands
 from compresso.options import option_name, runtime_parameters, sort_runtime, with_options
 from compresso.recipe import load_recipe, locate
 from compresso.report import show_report, show_rows
@@ -41,6 +42,7 @@ def make_app() -> typer.Typer:
         command = export_command() if stage == EXPORT else stage_command(stage)
         app.command(stage, help=HELP[stage])(command)
     app.command("run")(with_options(run, runtime_parameters()))
+    add_commands(app)
     app.command("inspect")(inspect)
     app.command("list")(list_topics)
     return app

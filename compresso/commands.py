@@ -143,10 +143,11 @@ def make_request(
     where = f"compresso {stage}"
     given = sort_options(stage, options)
     step = make_step(stage, given.step, where=where)
-    if given.calibration and not registry.method(stage, step.method).calibrated:
+    if given.calibration and not registry.reads_text(stage, step.method, step.settings):
         name = flag(next(iter(given.calibration)))
+        kind = registry.stage(stage).named
         raise ConfigError(
-            f"{where}: method `{step.method}` reads no text, so `{name}` would do nothing",
+            f"{where}: {kind} `{step.method}` reads no text, so `{name}` would do nothing",
             hint=f"leave out `{name}`",
         )
     return Request(

@@ -30,7 +30,7 @@ from compresso.errors import ConfigError
 from compresso.listing import TOPICS
 from compresso.options import flag, stage_parameters, with_options
 from compresso.report import show_rows
-from compresso.settings import RuntimeSettings
+from compresso.settings import CalibrationSettings, RuntimeSettings
 
 if TYPE_CHECKING:
     from compresso.run import Outcome
@@ -112,6 +112,9 @@ def export_requests(
     if not formats:
         return [make_request(STAGE, model, output, given)]
     known = {name: {*fields(record), *fields(RuntimeSettings)} for name, record in settings.items()}
+    for name in formats:
+        if registry.method(STAGE, name).calibrated:
+            known[name] |= {*fields(CalibrationSettings)}
     for option in given:
         if not any(option in names for names in known.values()):
             raise ConfigError(

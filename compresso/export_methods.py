@@ -6,7 +6,9 @@ from compresso.export_settings import (
     AutoRoundExportSettings,
     BitsAndBytesSettings,
     CompressedTensorsSettings,
+    DecilmSettings,
     DenseSettings,
+    GgufSettings,
     GptqExportSettings,
 )
 from compresso.method import Method, Stage
@@ -22,6 +24,12 @@ EXPORT = Stage(
             CompressedTensorsSettings,
             "compresso.formats.compressed_tensors:write",
             "compressed-tensors pack-quantized",
+            calibrated=False,
+        ),
+        "decilm": Method(
+            DecilmSettings,
+            "compresso.formats.decilm:write",
+            "Nemotron-NAS, arXiv:2411.19146",
             calibrated=False,
         ),
         "gptq": Method(
@@ -47,6 +55,12 @@ EXPORT = Stage(
             "compresso.formats.dense:write",
             "Hugging Face safetensors",
             calibrated=False,
+        ),
+        "gguf": Method(
+            GgufSettings,
+            "compresso.formats.gguf:write",
+            "llama.cpp",
+            calibrated=True,
         ),
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from compresso.config import limit, settings
+from compresso.config import checked, limit, settings
 
 Structure = Annotated[
     Literal["stock", "own"],
@@ -13,6 +13,42 @@ Structure = Annotated[
         " of shared weights and zeros for what is missing; or compresso's own, with its code."
     ),
 ]
+
+GgufType = Literal[
+    "auto",
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q2_k",
+    "q3_k_s",
+    "q3_k_m",
+    "q3_k_l",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+    "tq1_0",
+    "tq2_0",
+    "iq1_s",
+    "iq1_m",
+    "iq2_xxs",
+    "iq2_xs",
+    "iq2_s",
+    "iq2_m",
+    "iq3_xxs",
+    "iq3_xs",
+    "iq3_s",
+    "iq3_m",
+    "iq4_nl",
+    "iq4_xs",
+]
+NEED_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")
 
 
 @settings
@@ -86,6 +122,20 @@ class CompressedTensorsSettings(RoundingSettings):
 
 
 @settings
+class DecilmSettings(ExportSettings):
+    """Blocks without attention or MLP as Nemotron-NAS has them, for transformers and vLLM."""
+
+    pack: Annotated[
+        bool,
+        limit(
+            description="Keep codes, as compressed-tensors packs them; otherwise all weights are"
+            " dense."
+        ),
+    ] = True
+    uniform: Uniform = False
+
+
+@settings
 class CodesSettings(ExportSettings):
     """What is rounded to codes now, for formats that hold no embedding of codes."""
 
@@ -136,3 +186,48 @@ class DenseSettings(ExportSettings):
     """Plain Hugging Face weights, which stock transformers loads with nothing else installed."""
 
     structure: Structure = "stock"
+
+
+@settings
+class GgufSettings(ExportSettings):
+    """One GGUF file, for llama.cpp and what is built on it."""
+
+    type: Annotated[
+        GgufType,
+        limit(
+            description="`auto` rounds nothing: codes stay what they are where GGUF has a layout"
+            " for them, other weights dense. Any other is llama.cpp's own mix of that name, which"
+            " rounds what is not that already."
+        ),
+    ] = "auto"
+    outer: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0"] | None,
+        limit(description="Type of the embedding and the head; as `type` says if not given."),
+    ] = None
+    importance: Annotated[
+        bool | None,
+        limit(
+            description="Weigh errors by the mean squares of the inputs, taken of calibration text"
+            " (llama.cpp's imatrix). If not given, for the `iq` types, which need it."
+        ),
+    ] = None
+    tokenizer: Annotated[
+        bool, limit(description="Put the tokenizer in; without, the file takes token ids alone.")
+    ] = True
+    pre_tokenizer: Annotated[
+        str | None,
+        limit(description="llama.cpp's name of how text is split; found out if not given."),
+    ] = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.type.startswith("iq") if self.importance is None else self.importance
+
+    @checked
+    def _check_importance(self) -> GgufSettings:
+        if self.importance and self.type in ("auto", "f32", "f16", "bf16"):
+            raise ValueError(f"`importance` would do nothing: `{self.type}` rounds no codes")
+        if self.importance is False and self.type in NEED_IMPORTANCE:
+            raise ValueError(f"llama.cpp does not make `{self.type}` without `importance`")
+        return self

@@ -76,7 +76,7 @@ def _load_all(
     data = []
     for step in recipe.steps:
         evaluates = step.stage == "eval"
-        calibrated = registry.method(step.stage, step.method).calibrated
+        calibrated = registry.reads_text(step.stage, step.method, step.settings)
         read = step.settings if evaluates else (calibrated, original_named(step))
         if read not in loaded:
             loaded[read] = load_data(step, original, recipe.calibration, runtime, directory)

@@ -84,7 +84,8 @@ def make_record(
         "calibration": data,
         "source": {"path": str(source.path.resolve()), "key": source.key},
         "report": report,
-        "parent": source.provenance or None,
+        # What the source said is in its own record; here it would be copied on and on.
+        "parent": {k: v for k, v in source.provenance.items() if k != "fingerprint"} or None,
     }
 
 

@@ -10,7 +10,17 @@ from typing import Any, TypeVar
 from compresso.errors import ConfigError
 from compresso.methods import STAGES, Method, Stage
 
-__all__ = ["STAGES", "Method", "Stage", "load", "method", "packed_as", "stage", "with_preset"]
+__all__ = [
+    "STAGES",
+    "Method",
+    "Stage",
+    "load",
+    "method",
+    "packed_as",
+    "reads_text",
+    "stage",
+    "with_preset",
+]
 
 T = TypeVar("T")
 
@@ -24,6 +34,12 @@ def method(stage_name: str, name: str, *, where: str = "") -> Method:
     """Raises ConfigError, with the nearest name, if there is none."""
     found = stage(stage_name)
     return _find(f"{stage_name} {found.named}", name, found.methods, where)
+
+
+def reads_text(stage_name: str, name: str, settings: Any) -> bool:
+    """Whether a method with these settings reads calibration text."""
+    calibrated = method(stage_name, name).calibrated
+    return calibrated and bool(getattr(settings, "reads_text", True))
 
 
 def packed_as(name: str, settings: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,9 +15,6 @@ from typing import Any
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
-from compresso.calibration.replay import replay
-from compresso.checkpoint.packings import BITSANDBYTES, method_of
-from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
@@ -26,6 +22,7 @@ from compresso.exporting import finish_export
 from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
+from compresso.proving import prove_here
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, launched, log, warn
@@ -215,43 +212,12 @@ def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, 
     files = side_files(work.source, report.config)
     writer.finalize(config=report.config, side_files=files, expected=report.expected)
     adapter = put_adapter(Checkpoint(writer.partial), report, writer.target, work.runtime)
-    proof = _prove(work, writer.partial, report)
-    return adapter | {"fingerprint": report.fingerprint.to_json(), "proof": asdict(proof)}
-
-
-def _prove(work: _Work, path: Path, report: Report) -> ProofReport:
-    """Hold what was written against the model in memory, within the memory budget.
-
-    A model that fits it is loaded whole, as users load it, and generates. A larger one is run block
-    by block, and so is, besides, one that bitsandbytes runs, whose kernels round more than a proof
-    may allow. One with an adapter is loaded only if PEFT is there.
-    """
-    assert report.fingerprint is not None
-    runtime, written = work.runtime, Checkpoint(path)
-    dtype = runtime.compute_dtype(work.source.dtype)
-    fits = written.parameters * max(dtype.itemsize, written.dtype.itemsize) <= runtime.max_memory
-    corrected = written.adapter is not None
-    loads = fits and (not corrected or importlib.util.find_spec("peft") is not None)
-    if not loads or method_of(written.config) == BITSANDBYTES:
-        logits = replay(
-            written,
-            report.fingerprint.tokens,
-            dtype=dtype,
-            device=runtime.device,
-            trust_remote_code=runtime.trust_remote_code,
-        )
-        found = compare(path, logits, report.fingerprint, TOLERANCE[dtype])
-        found = replace(found, adapter="compresso" if corrected else None)
-    if loads:
-        found = prove(
-            path,
-            report.fingerprint,
-            dtype=dtype,
-            device=runtime.device,
-            trust_remote_code=runtime.trust_remote_code,
-            carried=report.carried,
-        )
-    return found
+    dtype = work.runtime.compute_dtype(work.source.dtype)
+    expected = replace(report.fingerprint, dtype=dtype)
+    written = Checkpoint(writer.partial)
+    proof = prove_here(written, expected, work.runtime, carried=report.carried)
+    proved = {"fingerprint": expected.to_json(), "carried": report.carried, "proof": asdict(proof)}
+    return adapter | proved
 
 
 def _write_report(work: _Work, target: Path) -> Report:

@@ -39,7 +39,7 @@ def load_data(
         )
         whole = step.settings.samples is None
         data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust, author=author)
-    elif registry.method(step.stage, step.method).calibrated:
+    elif registry.reads_text(step.stage, step.method, step.settings):
         data = load_calibration(
             calibration,
             source,

@@ -53,7 +53,7 @@ def _checkpoints(runs: Path) -> Iterator[Path]:
         unfinished = any(".partial" in part for part in path.parts)
         if not (path / RECORD).is_file() or unfinished:
             continue
-        if read_record(path)["step"]["stage"] != EXPORT:
+        if (read_record(path)["step"] or {}).get("stage") != EXPORT:
             yield path
 
 

@@ -93,7 +93,7 @@ def test_options_are_the_settings(stage):
         # No name means two things on one command line, but the seed, which is of all there is.
         assert expected & set(fields(CalibrationSettings)) <= {"seed"}
         expected |= set(fields(CalibrationSettings))
-    extra = {"method"} if len(methods) > 1 else set()
+    extra = {registry.STAGES[stage].named} if len(methods) > 1 else set()
     extra |= {"limits"} if stage == "eval" else set()
     extra |= {"preset"} if registry.STAGES[stage].presets else set()
     assert {parameter.name for parameter in stage_parameters(stage)} == expected | extra

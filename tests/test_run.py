@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_checkpoint import BLOCKS, save_tiny
 
-from compresso import pipeline, preflight, registry, run
+from compresso import pipeline, preflight, proving, registry, run
 from compresso.checkpoint.proof import ProofReport
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
@@ -138,7 +138,7 @@ def test_a_failed_proof_publishes_nothing(model, calibration, runtime, tmp_path,
         raise GateError("it differs")
 
     target = tmp_path / "out"
-    monkeypatch.setattr(run, "prove", fail)
+    monkeypatch.setattr(proving, "prove", fail)
     with pytest.raises(GateError, match="it differs") as caught:
         run_step(prune(), Checkpoint(model), calibration, target, runtime)
     assert caught.value.hint == f"nothing was published; `{target}.partial` is kept to look at"
@@ -168,7 +168,7 @@ def test_the_proof_is_told_what_it_needs(model, calibration, runtime, tmp_path, 
         told.update(options, path=path)
         return ProofReport(0.0, 1.0, 1.0, 0.0, 16)
 
-    monkeypatch.setattr(run, "prove", note)
+    monkeypatch.setattr(proving, "prove", note)
     run_step(prune(), Checkpoint(model), calibration, tmp_path / "out", runtime)
     assert told["dtype"] == torch.float32 and told["device"] == runtime.device
     assert told["path"] == tmp_path / "out.partial" and told["trust_remote_code"] is False

@@ -30,6 +30,9 @@ def test_newest_is_by_the_recorded_time_at_both_depths(tmp_path):
 def test_what_is_no_finished_checkpoint_is_never_newest(tmp_path):
     good = make(tmp_path / "01-prune-shortgpt", "2026-01-01")
     late = "2027-01-01"
+    export = make(tmp_path / "05-export-dense", late) / "compresso.json"
+    record = json.loads(export.read_text()) | {"step": {"stage": "export", "method": "dense"}}
+    export.write_text(json.dumps(record))
     make(tmp_path / "02-eval-standard", late, checkpoint=False)
     make(tmp_path / "03-quantize-gptq.partial", late)
     make(tmp_path / "a" / "b" / "c", late)

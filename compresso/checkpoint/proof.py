@@ -29,20 +29,28 @@ class Fingerprint:
     """What a model says about some tokens.
 
     tokens: (1, T) int64. logits: (1, T, V) float32; -inf where they were not recorded.
+    dtype:     type the model computed in, if it is known.
+    tolerance: share of the largest logit that the model may be off by where it will run; None for
+               what rounding in `dtype` comes to.
     """
 
     tokens: Tensor
     logits: Tensor
+    dtype: torch.dtype | None = None
+    tolerance: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the tokens and, of each position, the 8 highest logits."""
         top = self.logits[0].topk(min(TOP, self.logits.shape[-1]))
-        return {
+        values = {
             "tokens": self.tokens[0].tolist(),
             "vocabulary": self.logits.shape[-1],
             "top_tokens": top.indices.tolist(),
             "top_logits": [[round(value, 5) for value in row] for row in top.values.tolist()],
         }
+        if self.dtype is not None:
+            values["dtype"] = str(self.dtype).removeprefix("torch.")
+        return values if self.tolerance is None else {**values, "tolerance": self.tolerance}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -51,7 +59,8 @@ class Fingerprint:
         logits = torch.full((len(tokens), values["vocabulary"]), -torch.inf)
         indices = torch.tensor(values["top_tokens"])
         logits.scatter_(1, indices, torch.tensor(values["top_logits"]))
-        return cls(tokens[None], logits[None])
+        dtype = getattr(torch, values["dtype"]) if "dtype" in values else None
+        return cls(tokens[None], logits[None], dtype, values.get("tolerance"))
 
 
 @dataclass(frozen=True)

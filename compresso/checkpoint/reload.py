@@ -15,11 +15,16 @@ from compresso.errors import GateError, ResourceError
 
 
 def reload(
-    path: Path, carried: Collection[str] | None = None, *, trust_remote_code: bool = False
+    path: Path,
+    carried: Collection[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """The model in a checkpoint, in the type that is stored, on the CPU, without its adapter.
+    """The model in a checkpoint, on the CPU, without its adapter.
 
     carried: stored tensors that no module takes; None if it does not matter which there are.
+    dtype:   type of its weights; the one that is stored if not given.
 
     Raises GateError if tensors are missing, left over or of the wrong shape, all of which
     transformers only warns about.
@@ -27,7 +32,7 @@ def reload(
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        path, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=trust_remote_code
     )
     model, info = loaded
     problems = {

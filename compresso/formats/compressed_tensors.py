@@ -13,9 +13,9 @@ What loads depends on the versions (each case was run with compressed-tensors 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from compresso.export_settings import CompressedTensorsSettings
 from compresso.formats.matrices import Matrix, codes, matrices, scheme_of, weight
 from compresso.formats.parts import (
     How,
+    Parts,
     Stored,
     corrections,
     dense_config,
@@ -43,35 +44,93 @@ PACKAGES = {"compressed_tensors": "'compresso-llm[packed]'"}
 SAME_IN_ALL = (2, 4, 8)  # bits
 
 
+@dataclass(frozen=True)
+class Coding:
+    """How the matrices of a model are stored as codes.
+
+    model: that is exported. adapter: its architecture. found: all of its matrices.
+    schemes: of those that are codes, by path in the checkpoint.
+    """
+
+    model: Checkpoint
+    adapter: ModelAdapter
+    found: list[Matrix]
+    schemes: dict[str, Scheme]
+
+    @classmethod
+    def choose(
+        cls, model: Checkpoint, adapter: ModelAdapter, settings: CompressedTensorsSettings
+    ) -> Self:
+        """The forms that hold the codes it has, and such as were asked for.
+
+        Raises ConfigError if there are none, or what is asked for does not load.
+        """
+        if adapter.family.transposed:
+            raise ConfigError(
+                f"the linears of `{adapter.config.model_type}` are stored transposed, which"
+                f" `{METHOD}` cannot express",
+                hint="pass `--format dense`",
+            )
+        found = matrices(model, adapter)
+        refuse_inexact_merge(model, found)
+        wanted = _wanted(model, adapter, found, settings)
+        return cls(model, adapter, found, _resolve(wanted, found, uniform=settings.uniform))
+
+    @property
+    def oldest(self) -> str:
+        """The first version that loads it."""
+        return "0.15" if all(s.bits in SAME_IN_ALL for s in self.schemes.values()) else "0.18"
+
+    def pack(self, matrix: Matrix) -> Stored | None:
+        """What to store for a matrix; None if it stays dense."""
+        scheme = self.schemes.get(matrix.path)
+        if scheme is None:
+            return None
+        how: How = "rounded"
+        if scheme_of(self.model, matrix.path) is not None:
+            own = codes(self.model, matrix.path)
+            assert own is not None
+            how = "repacked" if exact_in(own, self.model.dtype) else "rescaled"
+        else:
+            turned = self.adapter.family.transposed
+            own = _rounded(weight(self.model, matrix, transposed=turned), self.model, scheme)
+        packed = recast(
+            own,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            dtype=self.model.dtype,
+        )
+        symmetric = scheme.symmetric
+        tensors = layout.pack(matrix.path, packed, self.model.dtype, symmetric=symmetric)
+        return Stored(tensors, _words(scheme), how)
+
+    def entry(self) -> dict[str, Any]:
+        """The `quantization_config` of the config.json."""
+        by_module = {m.module: self.schemes[m.path] for m in self.found if m.path in self.schemes}
+        kept = {
+            m.module for m in self.found if m.part != "embedding" and m.path not in self.schemes
+        }
+        if self.adapter.tied:
+            kept.add(self.adapter.family.head)
+        entry = layout.quantization_config(by_module, ignore=kept)
+        # Neither is of the class `Linear` for every reader.
+        named = [m.module for m in self.found if m.part != "linear" and m.path in self.schemes]
+        if entry.get("dequantize"):
+            entry["config_groups"]["group_0"]["targets"] += named
+        return entry
+
+
 def write(export: Export) -> Written:
     """The codes that the model has where the layout holds them exactly, others rounded if asked."""
     settings: CompressedTensorsSettings = export.settings
     model = export.stock if settings.structure == "stock" else export.own
     adapter = export.open(model)
-    _check_family(adapter)
-    found = matrices(model, adapter)
-    refuse_inexact_merge(model, found)
-    schemes = _resolve(_wanted(model, adapter, found, settings), found, settings)
-    pack = partial(_pack, model, adapter, schemes)
-    parts = write_parts(export, model, adapter, pack)
+    coding = Coding.choose(model, adapter, settings)
+    parts = write_parts(export, model, adapter, coding.pack)
     factors = corrections(export, model, adapter)
-    config = dense_config(model)
-    config[ENTRY] = _entry(adapter, found, schemes)
-    dequantize = bool(config[ENTRY].get("dequantize"))
-    if factors and not dequantize:
-        export.report.warnings.append(
-            "PEFT can put the adapter on only after the loaded model has run once, on any token:"
-            " with codes of several forms, its weights come with the first forward pass"
-        )
-    dense = sum(row["weights"] for row in parts.rows if row["stored"] == "decoded")
-    if dense:
-        export.report.warnings.append(
-            f"{dense:,} weights are stored dense, as `{METHOD}` has no form for their codes:"
-            " `--bits` rounds them anew"
-        )
-    narrow = all(scheme.bits in SAME_IN_ALL for scheme in schemes.values())
-    oldest = "0.15" if narrow else "0.18"
-    export.report.summary["loads_with"] = f"{METHOD} {oldest} or later"
+    config = dense_config(model) | {ENTRY: coding.entry()}
+    describe(export, coding, parts, corrected=bool(factors))
     return Written(
         config=config,
         expected=parts.expected,
@@ -83,13 +142,23 @@ def write(export: Export) -> Written:
     )
 
 
-def _check_family(adapter: ModelAdapter) -> None:
-    if adapter.family.transposed:
-        raise ConfigError(
-            f"the linears of `{adapter.config.model_type}` are stored transposed, which"
-            f" `{METHOD}` cannot express",
-            hint="pass `--format dense`",
+def describe(export: Export, coding: Coding, parts: Parts, *, corrected: bool) -> None:
+    """Say in the report which versions load it, and what users may want to act on.
+
+    corrected: whether corrections lie beside it.
+    """
+    report = export.report
+    if corrected and not coding.entry().get("dequantize"):
+        report.warnings.append(
+            "PEFT can put the adapter on only after the loaded model has run once, on any token:"
+            " with codes of several forms, its weights come with the first forward pass"
         )
+    if dense := sum(row["weights"] for row in parts.rows if row["stored"] == "decoded"):
+        report.warnings.append(
+            f"{dense:,} weights are stored dense, as `{METHOD}` has no form for their codes:"
+            " `--bits` rounds them anew"
+        )
+    report.summary["loads_with"] = f"{METHOD} {coding.oldest} or later"
 
 
 def _wanted(
@@ -131,7 +200,7 @@ def _wanted(
 
 
 def _resolve(
-    wanted: Mapping[str, Scheme], found: list[Matrix], settings: CompressedTensorsSettings
+    wanted: Mapping[str, Scheme], found: list[Matrix], *, uniform: bool
 ) -> dict[str, Scheme]:
     """The schemes that are stored: such that the checkpoint loads. Raises ConfigError if none do.
 
@@ -139,7 +208,7 @@ def _resolve(
     """
     forms = {*wanted.values()}
     alike = len({(scheme.bits, scheme.group_size) for scheme in forms}) == 1
-    if alike or settings.uniform:
+    if alike or uniform:
         columns = {matrix.path: matrix.columns for matrix in found}
         groups = {
             columns[path] if scheme.group_size == -1 else scheme.group_size
@@ -166,30 +235,6 @@ def _resolve(
     return dict(wanted)
 
 
-def _pack(
-    model: Checkpoint, adapter: ModelAdapter, schemes: Mapping[str, Scheme], matrix: Matrix
-) -> Stored | None:
-    scheme = schemes.get(matrix.path)
-    if scheme is None:
-        return None
-    how: How = "rounded"
-    if scheme_of(model, matrix.path) is not None:
-        own = codes(model, matrix.path)
-        assert own is not None
-        how = "repacked" if exact_in(own, model.dtype) else "rescaled"
-    else:
-        own = _rounded(weight(model, matrix, transposed=adapter.family.transposed), model, scheme)
-    packed = recast(
-        own,
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        symmetric=scheme.symmetric,
-        dtype=model.dtype,
-    )
-    tensors = layout.pack(matrix.path, packed, model.dtype, symmetric=scheme.symmetric)
-    return Stored(tensors, _words(scheme), how)
-
-
 def _rounded(dense: Tensor, model: Checkpoint, scheme: Scheme) -> Packed:
     return quantize(
         dense.float(),
@@ -199,22 +244,6 @@ def _rounded(dense: Tensor, model: Checkpoint, scheme: Scheme) -> Packed:
         grid="mse",
         scale_dtype=model.dtype,
     )
-
-
-def _entry(
-    adapter: ModelAdapter, found: list[Matrix], schemes: Mapping[str, Scheme]
-) -> dict[str, Any]:
-    """The `quantization_config` of the config.json."""
-    by_module = {m.module: schemes[m.path] for m in found if m.path in schemes}
-    kept = {m.module for m in found if m.part != "embedding" and m.path not in schemes}
-    if adapter.tied:
-        kept.add(adapter.family.head)
-    entry = layout.quantization_config(by_module, ignore=kept)
-    # Neither is of the class `Linear` for every reader.
-    named = [m.module for m in found if m.part != "linear" and m.path in schemes]
-    if entry.get("dequantize"):
-        entry["config_groups"]["group_0"]["targets"] += named
-    return entry
 
 
 def _words(scheme: Scheme) -> str:

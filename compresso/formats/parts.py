@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -56,11 +56,19 @@ class Parts:
     kept: list[str]
 
 
-def write_parts(export: Export, model: Checkpoint, adapter: ModelAdapter, pack: Pack) -> Parts:
+def write_parts(
+    export: Export,
+    model: Checkpoint,
+    adapter: ModelAdapter,
+    pack: Pack,
+    *,
+    also: Mapping[int, dict[str, Tensor]] | None = None,
+) -> Parts:
     """Commit a part for every block of a model and one for the rest, one matrix at a time.
 
     model:   one of the export's. adapter: its architecture.
     pack:    what to store for a matrix; None to store its dense weight.
+    also:    further tensors, zeros, that the format asks for: by block, by name.
 
     Parts that an earlier run committed are taken as they are.
     """
@@ -73,6 +81,11 @@ def write_parts(export: Export, model: Checkpoint, adapter: ModelAdapter, pack: 
     for index in track(range(len(parts)), len(parts), "export"):
         if (committed := export.writer.restore(index)) is None:
             tensors, own = _part(model, parts[index], by_path, pack)
+            for name, zeros in (also or {}).get(index, {}).items():
+                tensors[name] = zeros
+                form = str(zeros.dtype).removeprefix("torch.")
+                entry = {"how": "zeros", "form": form, "weights": zeros.numel()}
+                own.append(entry | {"bytes": zeros.nbytes})
             export.writer.commit(index, tensors, {"entries": own})
             names = list(tensors)
         else:

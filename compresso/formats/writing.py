@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compresso.calibration.data import Calibration
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.kernels.lowrank import LowRank
@@ -64,6 +65,7 @@ class Export:
     """One run: the source, what the user asked for, and where it goes.
 
     source: as the user gave it. report: for warnings and the summary.
+    calibration: batches of text, for a format that was asked to weigh what it rounds.
     """
 
     source: Checkpoint
@@ -71,6 +73,7 @@ class Export:
     writer: CheckpointWriter
     runtime: Runtime
     report: Report
+    calibration: Calibration | None = None
 
     @property
     def beside(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,30 @@ class Tokenizer:
         # texts are cut into sequences afterwards.
         encoded = self.inner(text, add_special_tokens=special, verbose=False)
         return list(encoded["input_ids"])
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation, as the model's template writes it, up to where the next answer begins.
+
+        messages: `role` and `content` of each.
+
+        Raises CheckpointError if there is no template, or it does not take such messages.
+        """
+        from jinja2 import TemplateError
+
+        place = self.inner.name_or_path
+        if not getattr(self.inner, "chat_template", None):
+            raise CheckpointError(
+                f"`{place}` has no chat template",
+                hint="it was not made for conversations: use `compresso generate`",
+            )
+        try:
+            text = self.inner.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise CheckpointError(f"the chat template of `{place}` says: {error}") from None
+        # The template has written what goes around a text.
+        return self.encode(str(text), special=False)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.inner.decode(tokens, skip_special_tokens=True))

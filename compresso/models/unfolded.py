@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -27,12 +27,13 @@ from compresso.models.structure import Structure, halves, needs_code, restructur
 ENTRY = "quantization_config"
 
 
-def unfolded(source: Checkpoint, *, fill: bool) -> Checkpoint:
+def unfolded(source: Checkpoint, *, fill: bool | Collection[int]) -> Checkpoint:
     """A view of a checkpoint in which every block has its own linears and no corrections.
 
     fill: also put zeros where an attention or an MLP was removed, which adds nothing to the
-          residual stream: then the stock class runs it. Without, such blocks still lack it, and
-          `config` says so.
+          residual stream: then the stock class runs it. Or of these the sub-blocks to do so for:
+          2 i is the attention of block i, 2 i + 1 its MLP. Others are still missing, and `config`
+          says so.
 
     Codes stay codes where no correction is added to them. The sums are computed in float32 and
     rounded once. A source that shares, lacks and corrects nothing is itself returned, unless it is
@@ -52,12 +53,18 @@ class UnfoldedCheckpoint(Checkpoint):
     owners: path of every linear that is a copy here -> path of it in the source.
     """
 
-    def __init__(self, source: Checkpoint, *, fill: bool) -> None:
+    def __init__(self, source: Checkpoint, *, fill: bool | Collection[int]) -> None:
         """See `unfolded`."""
         super().__init__(source.path)
         self._source = source
         structure = structure_of(source.config)
-        kept = Structure() if fill else Structure(structure.no_attention, structure.no_mlp)
+        removed = [2 * block for block in structure.no_attention]
+        removed += [2 * block + 1 for block in structure.no_mlp]
+        filled = {s for s in removed if fill is True or (fill and s in fill)}
+        kept = Structure(
+            tuple(s // 2 for s in removed if s % 2 == 0 and s not in filled),
+            tuple(s // 2 for s in removed if s % 2 and s not in filled),
+        )
         plain = {key: value for key, value in source.config.items() if key != ENTRY}
         self.config = restructure(plain, kept)
         family = family_of(source.config["model_type"])
@@ -70,8 +77,8 @@ class UnfoldedCheckpoint(Checkpoint):
         self._sums: dict[str, tuple[str, str]] = {}  # of these two: the source's and a correction's
         for block in range(adapter.count):
             self._own(block, family, structure)
-        if fill:
-            self._fill(family, structure)
+        if filled:
+            self._fill(family, filled)
         self._infos = dict(sorted(self._infos.items()))
 
     def _own(self, block: int, family: Family, structure: Structure) -> None:
@@ -114,7 +121,7 @@ class UnfoldedCheckpoint(Checkpoint):
         if ending == "weight":
             self.owners[here] = there
 
-    def _fill(self, family: Family, structure: Structure) -> None:
+    def _fill(self, family: Family, filled: set[int]) -> None:
         """Put zeros where something was removed, of the shapes that the stock class has."""
         with init_empty_weights(include_buffers=False):
             stock = AutoModelForCausalLM.from_config(config_of(self))
@@ -124,7 +131,7 @@ class UnfoldedCheckpoint(Checkpoint):
             block, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
             for mlp, half in enumerate(halves(family)):
                 parts = tuple(f"{part}." for part in (*half.modules, *half.norms))
-                if structure.lacks(2 * int(block) + mlp) and path.startswith(parts):
+                if 2 * int(block) + mlp in filled and path.startswith(parts):
                     stored, dtype = f"{self._prefix}{block}.{path}", self._source.dtype
                     size = parameter.numel() * dtype.itemsize
                     self._infos[stored] = TensorInfo(tuple(parameter.shape), dtype, size, "")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The name users give -> the module.
 ENGINES = {
     "transformers": "compresso.runtimes.transformers",
+    "llama.cpp": "compresso.runtimes.llama_cpp",
 }
 
 

@@ -85,15 +85,19 @@ def speed(
     return Speed(**_apart("_speed", path, device, trust_remote_code, **given))
 
 
-def open_model(path: Path, *, device: str, trust_remote_code: bool) -> Any:
-    """The model with its adapter, ready to run in this process, in the type that is stored.
+def open_model(
+    path: Path, *, device: str, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> Any:
+    """The model with its adapter, ready to run in this process.
+
+    dtype: type of its weights; the one that is stored if not given.
 
     Raises as `logits`.
     """
     import compresso.models  # noqa: F401 - its classes load restructured checkpoints
 
     with quiet(), blaming(path):
-        model = reload(path, trust_remote_code=trust_remote_code)
+        model = reload(path, dtype=dtype, trust_remote_code=trust_remote_code)
         if has_adapter(path):
             model = with_adapter(model, path)
         return model.to(device).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from compresso import registry
 from compresso.calibration.data import Calibration
 from compresso.calibration.following import Following
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.reader import Checkpoint
@@ -100,7 +100,7 @@ class _Run:
         self.batches = calibration.batches if settings.weighted else []
         self.target = target
         self.runtime = runtime
-        self.probe = probe_tokens(self.pair.adapter.config.get_text_config().vocab_size)
+        self.probe = probe_of(self.pair.adapter.config)
 
     def enter(self) -> tuple[States, Following | None]:
         """What enters the first block, and the original beside it if it is needed."""

@@ -30,8 +30,9 @@ from compresso.models.tokenizer import Tokenizer
 from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.report import Report
-from compresso.runtime import Runtime, format_bytes, free_memory, track
+from compresso.runtime import Runtime, track
 from compresso.runtimes import transformers
+from compresso.runtimes.memory import shortage
 from compresso.settings import EvalSettings
 
 # Logits of one chunk of positions are held for two models at once, in float32.
@@ -227,16 +228,8 @@ def _speed(
             " is not installed: pip install 'compresso-llm[peft]'"
         )
         return {}
-    # Packed weights are unpacked when they run, so a model needs its dense size.
-    needed = int(1.3 * checkpoint.parameters * checkpoint.dtype.itemsize)
-    free = free_memory()
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runtime.device)[0]
-    if needed > free:
-        report.warnings.append(
-            f"`{checkpoint.path}`: speed not measured, it needs about {format_bytes(needed)}"
-            f" and {format_bytes(free)} are free"
-        )
+    if (reason := shortage(checkpoint, runtime.device)) is not None:
+        report.warnings.append(f"`{checkpoint.path}`: speed not measured, {reason}")
         return {}
     try:
         speed = transformers.speed(

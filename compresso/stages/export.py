@@ -43,7 +43,7 @@ def export(
     write: Callable[[Export], Written] = registry.load(
         registry.method(step.stage, step.method).code
     )
-    written = write(Export(source, step.settings, target, runtime, report))
+    written = write(Export(source, step.settings, target, runtime, report, calibration))
     report.written = written
     report.rows = written.rows
     report.config, report.expected = written.config, written.expected

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compresso.calibration.data import Calibration
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.walk import LiveBlock, States, enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
@@ -58,7 +58,7 @@ def fold(
     plan = make_plan(Choice(step, adapter, source, calibration, target, runtime))
     work = _Work(adapter, source, plan)
     weighted = calibration is not None and plan.rank > 0 and step.settings.weighted
-    probe = probe_tokens(adapter.config.get_text_config().vocab_size)
+    probe = probe_of(adapter.config)
     states = enter_blocks(
         adapter,
         source,

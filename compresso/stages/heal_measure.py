@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
@@ -30,7 +30,7 @@ def measure(
     """
     adapter = open_adapter(source, runtime)
     vocabulary = adapter.config.get_text_config().vocab_size
-    probe = probe_tokens(vocabulary)
+    probe = probe_of(adapter.config)
     states = enter_blocks(
         adapter, source, batches, probe=probe, budget=runtime.max_memory, spill_dir=spill_dir
     )

@@ -9,7 +9,7 @@ import torch
 
 from compresso.calibration.data import Calibration
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
@@ -143,7 +143,7 @@ def _write(
     """
     if halves := [half for half in decision.removed if half // 2 in keep]:
         adapter.remove(halves)
-    probe = probe_tokens(adapter.config.vocab_size)
+    probe = probe_of(adapter.config)
     states = enter_blocks(adapter, source, [], probe=probe, budget=0, spill_dir=None)
     parts = _parts(names, adapter.blocks_prefix, len(keep))
     target.resize(len(parts))

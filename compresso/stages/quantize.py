@@ -14,7 +14,7 @@ from compresso.calibration.data import Calibration
 from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.originals import Originals
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.merged import merged
@@ -78,7 +78,7 @@ def quantize(
         plan = replace(plan, bits=choice.bits)
     layout = make_layout(adapter, source, step, plan)
     work = Work(adapter, source, step, plan, layout, fisher)
-    probe = probe_tokens(adapter.config.get_text_config().vocab_size)
+    probe = probe_of(adapter.config)
     batches = [] if calibration is None or work.decomposes else calibration.batches
     states, original = _enter(work, batches, probe, target, runtime)
     _quantize_blocks(work, step, target, states, original)

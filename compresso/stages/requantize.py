@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compresso.calibration.data import Calibration
 from compresso.calibration.fisher import measure_fisher
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.states import enter_blocks
 from compresso.calibration.walk import LiveBlock, walk_blocks
 from compresso.checkpoint.packings import decoded
@@ -68,7 +68,7 @@ def requantize(
             pair.theirs, original, calibration.batches, runtime=runtime, spill_dir=target.partial
         )
     work = _Work(pair, step, fisher)
-    probe = probe_tokens(pair.adapter.config.get_text_config().vocab_size)
+    probe = probe_of(pair.adapter.config)
     states = enter_blocks(pair.adapter, source, [], probe=probe, budget=0, spill_dir=None)
 
     def restore(index: int) -> dict[str, Tensor] | None:

@@ -74,7 +74,9 @@ def test_codes_are_repacked(kind, tmp_path):
     written = Checkpoint(tmp_path / "out")
     for path in written.packing.shapes:
         name = [f"{path}.weight"]
-        assert torch.equal(written.load_weights(name)[name[0]], source.load_weights(name)[name[0]])
+        new, old = written.load_weights(name)[name[0]], source.load_weights(name)[name[0]]
+        # The factors of int8 come in another order.
+        assert torch.allclose(new, old, rtol=1e-6) if kind == "int8" else torch.equal(new, old)
     assert sum(row["bytes"] for row in report.rows) == written.stored_bytes
     bits = {scheme.bits for scheme in expected}
     assert report.summary["loads_with"].endswith("0.18 or later" if 3 in bits else "0.15 or later")

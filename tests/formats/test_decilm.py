@@ -1,0 +1,127 @@
+"""Exports in the config of Nemotron-NAS: loaded by the code in them, and run as vLLM runs them."""
+
+import json
+
+import pytest
+import torch
+from coding import affine, save_coded, uniform
+from correcting import PROBE, corrections, logits_in_memory, put_beside
+from exporting import close, loaded_logits, run_export
+from peft import PeftModel
+from restructured import STRUCTURES, reference, save
+from tiny_models import build
+from transformers import AutoModelForCausalLM
+
+from compresso.checkpoint.directory import read_infos
+from compresso.errors import ConfigError
+from compresso.models.modeling_decilm import DeciLMConfig, DeciLMForCausalLM
+from compresso.models.structure import Structure
+
+FORM = "decilm"
+LIKE_LLAMA = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+}
+BOTH = Structure(no_attention=(2,), no_mlp=(2, 4))
+
+
+@torch.no_grad()
+def as_vllm_does(model):
+    """The logits by vLLM's order of residual stream and norms (nemotron_nas.py of 0.33)."""
+    body = model.model
+    hidden, residual = body.embed_tokens(PROBE), None
+    positions = body.rotary_emb(hidden, torch.arange(PROBE.shape[1])[None])
+    mask = torch.full((PROBE.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+    for layer, block in zip(body.layers, model.config.block_configs, strict=True):
+        if not block.attention.no_op:
+            residual = hidden if residual is None else hidden + residual
+            hidden = layer.input_layernorm(residual)
+            hidden = layer.self_attn(hidden, position_embeddings=positions, attention_mask=mask)[0]
+        if not block.ffn.no_op:
+            residual = hidden + residual
+            hidden = layer.mlp(layer.post_attention_layernorm(residual))
+    return model.lm_head(body.norm(hidden + residual))
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "whole blocks"])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_loads_and_is_the_model(family, structure, tmp_path):
+    changes = LIKE_LLAMA[family]
+    asked = STRUCTURES.get(structure, BOTH)
+    source = save(build(family, **changes), asked, tmp_path / "source")
+    report = run_export(source, tmp_path / "out", FORM).report
+    assert report.summary["proved"].startswith("in transformers")
+    model, logits = loaded_logits(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "DeciLMForCausalLM"
+    with torch.no_grad():
+        expected = reference(family, asked, **changes)(input_ids=PROBE).logits
+    assert close(logits, expected) and close(as_vllm_does(model), expected)
+    first = 0 in asked.no_attention
+    assert any("stored as zeros" in line for line in report.warnings) == first
+    # nothing is stored for what was removed
+    gone = [f"layers.{i}.self_attn" for i in asked.no_attention if i]
+    gone += [f"layers.{i}.mlp" for i in asked.no_mlp]
+    assert not any(part in name for name in read_infos(tmp_path / "out") for part in gone)
+
+
+def test_without_trust_it_does_not_load(tmp_path):
+    run_export(save(build("llama"), BOTH, tmp_path / "source"), tmp_path / "out", FORM)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("structure", ["both kinds", "everything"])
+def test_codes(structure, pack, tmp_path):
+    structure = STRUCTURES[structure]
+    source = save_coded(build("llama"), tmp_path, uniform(4), structure=structure).coded
+    run_export(source, tmp_path / "out", FORM, pack=pack)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" in config) == pack
+    _, logits = loaded_logits(tmp_path / "out", trust_remote_code=True)
+    assert close(logits, logits_in_memory(source, {}))
+
+
+def test_codes_without_a_form(tmp_path):
+    source = save_coded(build("llama"), tmp_path, affine(), structure=BOTH).coded
+    report = run_export(source, tmp_path / "out", FORM).report
+    assert {row["stored"] for row in report.rows} == {"decoded", "kept"}
+
+
+def test_adapter_beside(tmp_path, monkeypatch):
+    bare = save(build("llama"), STRUCTURES["shared"], tmp_path / "source")
+    factors = corrections(bare)
+    source = put_beside(bare, tmp_path / "corrected", factors, monkeypatch)
+    run_export(source, tmp_path / "out", FORM)
+    base, _ = loaded_logits(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        put_on = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+        assert close(put_on(input_ids=PROBE).logits, logits_in_memory(bare, factors))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma2", "`gemma2` does not compute as Llama does"),
+        ("mistral", "`mistral` with `sliding_window` 8 does not compute"),
+        ("qwen2", "`qwen2` with `use_sliding_window` true does not compute"),
+    ],
+)
+def test_other_families(family, message, tmp_path):
+    source = save(build(family), BOTH, tmp_path / "source")
+    with pytest.raises(ConfigError, match=message) as raised:
+        run_export(source, tmp_path / "out", FORM)
+    assert raised.value.hint
+
+
+def test_configs_of_other_making(tmp_path):
+    run_export(save(build("llama"), BOTH, tmp_path / "source"), tmp_path / "out", FORM)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    wide = json.loads(json.dumps(values))
+    wide["block_configs"][0]["ffn"]["intermediate_size"] = 32
+    with pytest.raises(ValueError, match="several widths"):
+        DeciLMForCausalLM(DeciLMConfig.from_dict(wide))
+    values["block_configs"].pop()
+    with pytest.raises(ValueError, match="not about every block"):
+        DeciLMForCausalLM(DeciLMConfig.from_dict(values))
