@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -16,9 +16,9 @@ from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
-from compresso.errors import GateError
 from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.formats.writing import Written
+from compresso.proving import prove_in
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
@@ -26,8 +26,6 @@ from compresso.runtimes.engine import engine
 
 TRANSFORMERS = "transformers"
 PEFT = {"peft": "'compresso-llm[peft]'"}
-NEW_TOKENS = 16
-PROMPT = 32
 
 
 def finish_export(
@@ -51,7 +49,9 @@ def finish_export(
         own = fingerprint_of(Checkpoint(writer.partial), runtime)
         report.summary |= distance(report.fingerprint, own)
         report.fingerprint = own
-    record["fingerprint"] = report.fingerprint.to_json()
+    dtype = report.fingerprint.dtype or runtime.compute_dtype(source.dtype)
+    report.fingerprint = replace(report.fingerprint, dtype=dtype, tolerance=written.tolerance)
+    record |= {"fingerprint": report.fingerprint.to_json(), "carried": written.carried}
     found = _prove(source, step, report, writer, runtime)
     return record | ({} if found is None else {"proof": found})
 
@@ -103,7 +103,9 @@ def _prove(
         )
         proved_in = f"{TRANSFORMERS} {version(TRANSFORMERS)}"
     else:
-        found, proved_in = _prove_elsewhere(written, report, writer)
+        ours = engine(written.runtime)
+        found = prove_in(ours, writer.partial, report.fingerprint)
+        proved_in = f"{ours.NAME} {ours.version()}"
     report.summary["proved"] = f"in {proved_in}"
     report.summary["difference"] = found.difference
     report.summary["same_top_token"] = found.top_agreement
@@ -156,24 +158,3 @@ def _prove_in_blocks(report: Report, writer: CheckpointWriter, runtime: Runtime)
     )
     tolerance = report.written.tolerance or TOLERANCE[dtype]
     return compare(writer.partial, logits, report.fingerprint, tolerance)
-
-
-def _prove_elsewhere(
-    written: Written, report: Report, writer: CheckpointWriter
-) -> tuple[ProofReport, str]:
-    """The same in another runtime: the logits of the fingerprint, and text with a cache."""
-    ours, fingerprint = engine(written.runtime), report.fingerprint
-    assert fingerprint is not None
-    logits = ours.logits(writer.partial, fingerprint.tokens)
-    found = compare(writer.partial, logits, fingerprint, written.tolerance or 0.0)
-    prompt = fingerprint.tokens[:, :PROMPT]
-    cached, uncached = (
-        ours.generate(writer.partial, prompt, NEW_TOKENS, cache=cache) for cache in (True, False)
-    )
-    same = 0
-    while same < min(len(cached), len(uncached)) and cached[same] == uncached[same]:
-        same += 1
-    if not same:
-        raise GateError(f"`{writer.partial}` generates otherwise with a cache than without")
-    proof = ProofReport(found.difference, found.tolerance, found.top_agreement, generated=same)
-    return proof, f"{ours.NAME} {ours.version()}"
