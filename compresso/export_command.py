@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,13 +27,23 @@ from compresso.commands import (
 )
 from compresso.config import fields
 from compresso.errors import ConfigError
+from compresso.listing import TOPICS
 from compresso.options import flag, stage_parameters, with_options
+from compresso.report import show_rows
 from compresso.settings import CalibrationSettings, RuntimeSettings
 
 if TYPE_CHECKING:
     from compresso.run import Outcome
 
 STAGE = "export"
+ListFormats = Annotated[
+    bool,
+    typer.Option(
+        "--list",
+        help="Say which runtimes load which formats, packed or dense, and what they need; stop.",
+        rich_help_panel="Output",
+    ),
+]
 
 
 def export_command() -> Callable[..., None]:
@@ -45,8 +57,12 @@ def export_command() -> Callable[..., None]:
         fresh: Fresh = False,
         as_json: AsJson = False,
         save_recipe: SaveRecipe = None,
+        list_formats: ListFormats = False,
         **options: Any,
     ) -> None:
+        if list_formats:
+            show_formats(as_json=as_json)
+            return
         if model is not None and model_option is not None:
             raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
         requests = export_requests(model or model_option, output, options)
@@ -62,6 +78,20 @@ def export_command() -> Callable[..., None]:
                 typer.echo(outcome.path)
 
     return with_options(command, stage_parameters(STAGE))
+
+
+def show_formats(*, as_json: bool) -> None:
+    """Write to stdout what there is to export to, and which runtimes load that."""
+    formats = [
+        {"format": name, "is": (inspect.getdoc(entry.settings) or "").splitlines()[0]}
+        for name, entry in registry.stage(STAGE).methods.items()
+    ]
+    known = TOPICS["runtimes"]()
+    if as_json:
+        typer.echo(json.dumps({"formats": formats, "runtimes": known}, indent=1))
+        return
+    show_rows(formats, "formats")
+    show_rows(known, "which runtimes load them")
 
 
 def export_requests(

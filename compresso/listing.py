@@ -89,10 +89,29 @@ def _formats() -> Rows:
     ]
 
 
+def _runtimes() -> Rows:
+    from compresso.runtimes.table import table
+
+    known = table()
+    return [
+        {
+            "format": row.kind,
+            "when": row.when,
+            "runtime": f"{row.runtime} {known['versions'][row.runtime]}",
+            "in memory": {"no": "does not load"}.get(row.loads, row.loads),
+            "needs": "; ".join(row.install),
+            "note": row.note,
+            "checked": row.checked.partition(":")[0],
+        }
+        for row in sorted(known["rows"], key=lambda row: row.kind)
+    ]
+
+
 TOPICS: dict[str, Callable[[], Rows]] = {
     "stages": _stages,
     "methods": _methods,
     "families": _families,
     "datasets": _datasets,
     "formats": _formats,
+    "runtimes": _runtimes,
 }

@@ -27,6 +27,7 @@ FLAGS = {
     "symmetric": "--sym/--asym",
     "block": "--hadamard",
     "task_limit": "--limit",
+    "for_runtime": "--for",
 }
 DANGEROUS = ("trust_remote_code",)
 BLOCK_LISTS = {"drop": "3,4,a7", "protect": "first,last", "keep": "3,4"}  # and how they are written

@@ -41,6 +41,13 @@ Head = Annotated[bool, limit(description="Quantize the output head too.")]
 Pack = Annotated[
     bool, limit(description="Store packed codes; otherwise the rounded weights, uncompressed.")
 ]
+ForRuntime = Annotated[
+    Literal["vllm", "transformers", "llama.cpp", "peft"] | None,
+    limit(
+        description="Keep to bits, groups and symmetry that this runtime runs fast, and choose"
+        " groups for it. `compresso list runtimes` says what loads where."
+    ),
+]
 Rotate = Annotated[
     bool,
     limit(
@@ -83,6 +90,7 @@ class LinearChoice:
     pack: Pack = True
     rotate: Rotate = False
     seed: Seed = 0
+    for_runtime: ForRuntime = None
 
 
 @settings

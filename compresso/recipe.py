@@ -13,9 +13,11 @@ from compresso import registry
 from compresso.config import build, fields
 from compresso.errors import ConfigError
 from compresso.gates import Gate, gate_texts, parse_gates
+from compresso.quantize_for import restricted
 from compresso.settings import TASK, CalibrationSettings, RuntimeSettings
 
 KEYS = ("model", "calibration", "runtime", "stages")
+SPELLED = {"for_runtime": "for"}  # settings whose key in a recipe is no name in Python
 PATHS = ("dataset", "against", "original")  # settings that may be relative paths
 
 
@@ -36,7 +38,7 @@ class Step:
     def to_json(self) -> dict[str, Any]:
         """The recipe entry this step is, every default written out."""
         settings = {
-            key: list(value) if isinstance(value, tuple) else value
+            SPELLED.get(key, key): list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self.settings).items()
         }
         entry = {"stage": self.stage, "method": self.method, **settings}
@@ -104,6 +106,7 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
         if "method" in values:
             raise ConfigError(f"{where}: give only one of `{named}`, `method`")
         values["method"] = values.pop(named)
+    values = {field_of(key): value for key, value in values.items()}
     gates: tuple[Gate, ...] = ()
     if stage == "eval" and "assert" in values:
         gates = parse_gates(values.pop("assert"), where=where)
@@ -119,11 +122,18 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
         name = next(accepting, next(iter(methods)))
     method = registry.method(stage, name, where=where)
     _check_step_keys(stage, name, values, where)
+    if stage == "quantize":
+        values = restricted(name, values, where=where)
     settings = build(method.settings, values, where=where)
     for gate in gates:
         if gate.metric.startswith(TASK) and not settings.tasks:
             raise ConfigError(f"{where}: `{gate.metric}` in `assert` needs `tasks`")
     return Step(stage, name, settings, gates)
+
+
+def field_of(key: str) -> str:
+    """The setting that a key of a recipe stands for."""
+    return next((field for field, spelled in SPELLED.items() if spelled == key), key)
 
 
 def dump_recipe(recipe: Recipe) -> str:

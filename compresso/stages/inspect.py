@@ -15,6 +15,7 @@ from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table
 from compresso.runtime import format_bytes
+from compresso.runtimes.traits import runtimes_for, sentence
 
 MOST_NAMES_SHOWN = 10
 
@@ -40,6 +41,7 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
         **_packed(source),
         **_adapter(source),
         "left_out_files": source.left_out_files(),
+        "runtimes": runtimes_for(source),
         "history": _history(source),
     }
     if found["supported"]:
@@ -50,7 +52,9 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
 def print_inspection(found: dict[str, Any]) -> None:
     """Write it to stdout, for people."""
     console = Console(highlight=False)
-    shown = {key: value for key, value in found.items() if key not in ("packed", "history")}
+    shown = {
+        key: value for key, value in found.items() if key not in ("packed", "history", "runtimes")
+    }
     for key in ("unmapped_tensors", "left_out_files"):
         names = found.get(key, [])
         if len(names) > MOST_NAMES_SHOWN:
@@ -64,6 +68,8 @@ def print_inspection(found: dict[str, Any]) -> None:
     if not found["packed"]:
         shown["packed"] = "none: all weights are dense"
     console.print(summary_table(shown, "checkpoint"))
+    known = {name: sentence(one) for name, one in found["runtimes"].items()}
+    console.print(summary_table(known, "runtimes"))
     for number, entry in enumerate(found["history"], start=1):
         given = {key: value for key, value in entry["settings"].items() if value is not None}
         settings = ", ".join(f"{key} {value}" for key, value in given.items())

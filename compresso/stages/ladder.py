@@ -18,6 +18,7 @@ from compresso.checkpoint.layout import Scheme, packed_names
 from compresso.checkpoint.reader import Checkpoint
 from compresso.kernels.hadamard import block_size
 from compresso.models.adapter import ModelAdapter
+from compresso.quantize_for import widths_for
 from compresso.quantize_settings import POINT_BITS
 from compresso.stages.damping import with_damping_raised
 from compresso.stages.quantize_plan import options_of
@@ -47,7 +48,7 @@ def make_ladder(method: str, settings: Any, dtype: torch.dtype) -> Ladder:
         where = f"a group of {len(weight)} rows at {bits} bits"
         return with_damping_raised(damped, chosen.get("damping", 0.0), where=where)[0]
 
-    widths: tuple[int, ...] = WIDTHS
+    widths: tuple[int, ...] = widths_for(settings) or WIDTHS
     if hasattr(settings, "dimension"):
         widths = tuple(bits for bits in WIDTHS if bits * (settings.dimension or 1) <= POINT_BITS)
         nbytes = partial(

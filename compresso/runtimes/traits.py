@@ -1,0 +1,75 @@
+"""What runtimes look at in a checkpoint, and which of them load it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from compresso.checkpoint.coded import coding_of
+from compresso.checkpoint.packings import method_of
+from compresso.checkpoint.reader import HEADS, Checkpoint
+from compresso.runtimes.table import RUNTIMES, Traits, row_for, table
+
+DECILM = "DeciLMForCausalLM"
+
+
+def traits_of(source: Checkpoint) -> Traits:
+    """Those of a checkpoint, by its config.json and the headers of its shards.
+
+    Raises CheckpointError if it is packed in a way that compresso cannot read.
+    """
+    config, packing = source.config, source.packing
+    structure: Literal["stock", "own", "decilm"] = "own" if "auto_map" in config else "stock"
+    if DECILM in (config.get("architectures") or ()):
+        structure = "decilm"
+    if not packing.shapes:
+        return Traits("dense", structure=structure)
+    kinds = {path: packing.kind(path) for path in packing.shapes}
+    linears = list(kinds.values())
+    forms = [form for number, form in enumerate(linears) if form not in linears[:number]]
+    return Traits(
+        kind="coded" if coding_of(config) is not None else str(method_of(config)),
+        bits=frozenset(form["bits"] for form in forms if "bits" in form),
+        groups=frozenset(form["group_size"] for form in forms if "group_size" in form),
+        mixed=len(forms) > 1,
+        symmetric=all(form.get("symmetric", True) for form in forms),
+        head=any(f"{path}.weight" in HEADS for path in kinds),
+        structure=structure,
+    )
+
+
+def runtimes_for(source: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Of every runtime: how it loads a checkpoint, what it needs, what to know; plain values."""
+    traits, versions = traits_of(source), table()["versions"]
+    found = {}
+    for runtime in RUNTIMES:
+        row = row_for(runtime, traits)
+        if row is None:
+            found[runtime] = {"loads": "unknown", "note": f"nothing is known of `{traits.kind}`"}
+            continue
+        found[runtime] = {
+            "loads": row.loads,
+            "note": row.note,
+            "needs": list(row.needs),
+            "install": row.install,
+            "checked": row.checked,
+            "version": versions[runtime],
+        }
+    return found
+
+
+def sentence(known: dict[str, Any]) -> str:
+    """What is known of one runtime, as `runtimes_for` has it, in a line."""
+    words = {
+        "packed": "loads, codes stay codes in memory",
+        "dense": "loads, weights are dense in memory",
+        "no": "does not load",
+        "unknown": "unknown",
+    }[known["loads"]]
+    parts = [words]
+    if known.get("needs"):
+        parts.append(f"needs {' and '.join(known['needs'])} ({'; '.join(known['install'])})")
+    if known["note"]:
+        parts.append(known["note"])
+    if known.get("checked", "").startswith("source"):
+        parts.append("read in its source, not run")
+    return ": ".join([parts[0], "; ".join(parts[1:])]) if parts[1:] else parts[0]
