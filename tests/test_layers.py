@@ -40,7 +40,7 @@ ALLOWED = {
     "training": CALIBRATION | {"calibration"},
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES | {"gguf_layouts"},
+    "formats": STAGES | {"export_settings"},
 }
 KERNEL_LIBRARIES = {
     "__future__",
