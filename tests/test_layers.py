@@ -85,6 +85,7 @@ LIGHT = (
     "model_commands",
     "export_settings",
     "export_methods",
+    "gguf_layouts",
     "registry",
     "config",
     "workspace",
