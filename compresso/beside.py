@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from compresso.card import CARD
 from compresso.checkpoint.adapter_folder import write_adapter
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.layout import METHOD
@@ -13,6 +14,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
 from compresso.models.structure import MODELING_FILES, needs_code
+from compresso.publishing import original_card
 from compresso.report import TRAINING_PICTURE, TRAINING_TABLE, Report
 from compresso.runtime import Runtime
 
@@ -27,8 +29,9 @@ def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
     """
     carried = source.side_files()
     own = {file.name: file for file in MODELING_FILES}
-    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, *own):
+    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, CARD, *own):
         carried.pop(name, None)
+    carried |= original_card(source)
     if needs_code(config):
         carried |= own
     return carried

@@ -19,6 +19,7 @@ from compresso.export_command import export_command
 from compresso.listing import TOPICS
 from compresso.model_commands import add_commands
 from compresso.options import option_name, runtime_parameters, sort_runtime, with_options
+from compresso.push_command import push_command
 from compresso.recipe import load_recipe, locate
 from compresso.report import show_report, show_rows
 from compresso.runtime import launched, log
@@ -44,6 +45,7 @@ def make_app() -> typer.Typer:
     app.command("run")(with_options(run, runtime_parameters()))
     add_commands(app)
     app.command("inspect")(inspect)
+    app.command("push")(push_command)
     app.command("list")(list_topics)
     return app
 

@@ -15,6 +15,7 @@ from typing import Any
 from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
+from compresso.card import CARD, ORIGIN
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
@@ -23,6 +24,7 @@ from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
 from compresso.proving import prove_here
+from compresso.publishing import card_of, origin_of
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, launched, log, warn
@@ -189,7 +191,9 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         else:
             proved = _finish(work, writer, report)
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
-        writer.write_record(work.record(report) | proved)
+        record = work.record(report) | proved | {ORIGIN: origin_of(work.source)}
+        writer.write_record(record)
+        _write_text(writer.partial / CARD, card_of(writer.partial, record))
         writer.publish()
     except GateError as error:
         raise GateError(

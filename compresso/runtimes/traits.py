@@ -38,8 +38,13 @@ def traits_of(source: Checkpoint) -> Traits:
 
 
 def runtimes_for(source: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Of every runtime: how it loads a checkpoint, what it needs, what to know; plain values."""
-    traits, versions = traits_of(source), table()["versions"]
+    """What is known of a checkpoint: see `known_runtimes`."""
+    return known_runtimes(traits_of(source))
+
+
+def known_runtimes(traits: Traits) -> dict[str, dict[str, Any]]:
+    """Of every runtime: how it loads such a checkpoint, what it needs and more; plain values."""
+    versions = table()["versions"]
     found = {}
     for runtime in RUNTIMES:
         row = row_for(runtime, traits)
