@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from compresso.beside import side_files
-from compresso.calibration.replay import distance, fingerprint_of
+from compresso.calibration.replay import distance, fingerprint_of, replay
 from compresso.checkpoint.adapter_folder import AdapterFolder, write_adapter
 from compresso.checkpoint.directory import ADAPTER
-from compresso.checkpoint.proof import ProofReport, compare, prove
+from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
-from compresso.errors import GateError
+from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.formats.writing import Written
+from compresso.proving import prove_in
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
@@ -25,8 +26,6 @@ from compresso.runtimes.engine import engine
 
 TRANSFORMERS = "transformers"
 PEFT = {"peft": "'compresso-llm[peft]'"}
-NEW_TOKENS = 16
-PROMPT = 32
 
 
 def finish_export(
@@ -50,7 +49,9 @@ def finish_export(
         own = fingerprint_of(Checkpoint(writer.partial), runtime)
         report.summary |= distance(report.fingerprint, own)
         report.fingerprint = own
-    record["fingerprint"] = report.fingerprint.to_json()
+    dtype = report.fingerprint.dtype or runtime.compute_dtype(source.dtype)
+    report.fingerprint = replace(report.fingerprint, dtype=dtype, tolerance=written.tolerance)
+    record |= {"fingerprint": report.fingerprint.to_json(), "carried": written.carried}
     found = _prove(source, step, report, writer, runtime)
     return record | ({} if found is None else {"proof": found})
 
@@ -88,7 +89,9 @@ def _prove(
             f" `{written.runtime}`, as {reason}"
         )
         return None
-    if written.runtime == TRANSFORMERS:
+    if written.runtime == TRANSFORMERS and not _fits(source, report, runtime):
+        found, proved_in = _prove_in_blocks(report, writer, runtime), "compresso, block by block"
+    elif written.runtime == TRANSFORMERS:
         found = prove(
             writer.partial,
             report.fingerprint,
@@ -100,7 +103,9 @@ def _prove(
         )
         proved_in = f"{TRANSFORMERS} {version(TRANSFORMERS)}"
     else:
-        found, proved_in = _prove_elsewhere(written, report, writer)
+        ours = engine(written.runtime)
+        found = prove_in(ours, writer.partial, report.fingerprint)
+        proved_in = f"{ours.NAME} {ours.version()}"
     report.summary["proved"] = f"in {proved_in}"
     report.summary["difference"] = found.difference
     report.summary["same_top_token"] = found.top_agreement
@@ -113,33 +118,43 @@ def _unprovable(
     """Why the result cannot be loaded here; None if it can."""
     if written.runtime != TRANSFORMERS:
         missing = engine(written.runtime).missing()
-        return f"{missing} is not installed" if missing else None
+        what, _, install = (missing or "").partition(": ")
+        return f"{what} is not installed: {install}" if missing else None
     for package, install in (written.packages | (PEFT if written.adapter else {})).items():
         if importlib.util.find_spec(package) is None:
             return f"package `{package.replace('_', '-')}` is not installed: pip install {install}"
-    weights = sum(row["weights"] for row in report.rows)
-    dtype = runtime.compute_dtype(source.dtype)
-    if weights * max(dtype.itemsize, source.dtype.itemsize) > runtime.max_memory:
+    model_type = (written.config or {}).get("model_type", "")
+    readable = model_type.removeprefix(RESTRUCTURED) in FAMILIES
+    if not readable and not _fits(source, report, runtime):
         return "it is larger than `--max-memory`"
     return None
 
 
-def _prove_elsewhere(
-    written: Written, report: Report, writer: CheckpointWriter
-) -> tuple[ProofReport, str]:
-    """The same in another runtime: the logits of the fingerprint, and text with a cache."""
-    ours, fingerprint = engine(written.runtime), report.fingerprint
-    assert fingerprint is not None
-    logits = ours.logits(writer.partial, fingerprint.tokens)
-    found = compare(writer.partial, logits, fingerprint, written.tolerance or 0.0)
-    prompt = fingerprint.tokens[:, :PROMPT]
-    cached, uncached = (
-        ours.generate(writer.partial, prompt, NEW_TOKENS, cache=cache) for cache in (True, False)
+def _fits(source: Checkpoint, report: Report, runtime: Runtime) -> bool:
+    """Whether the whole model may be in memory."""
+    weights = sum(row["weights"] for row in report.rows)
+    dtype = runtime.compute_dtype(source.dtype)
+    held: int = weights * max(dtype.itemsize, source.dtype.itemsize)
+    return held <= runtime.max_memory
+
+
+def _prove_in_blocks(report: Report, writer: CheckpointWriter, runtime: Runtime) -> ProofReport:
+    """The same for a model that does not fit the memory budget: compresso reads what was written.
+
+    It cannot generate so, and that others load it is not proved.
+    """
+    assert report.fingerprint is not None and report.written is not None
+    written, tokens = Checkpoint(writer.partial), report.fingerprint.tokens
+    dtype = runtime.compute_dtype(written.dtype)
+    logits = replay(
+        written,
+        tokens,
+        dtype=dtype,
+        device=runtime.device,
+        trust_remote_code=runtime.trust_remote_code,
     )
-    same = 0
-    while same < min(len(cached), len(uncached)) and cached[same] == uncached[same]:
-        same += 1
-    if not same:
-        raise GateError(f"`{writer.partial}` generates otherwise with a cache than without")
-    proof = ProofReport(found.difference, found.tolerance, found.top_agreement, generated=same)
-    return proof, f"{ours.NAME} {ours.version()}"
+    report.warnings.append(
+        "proved block by block, without loading it whole, as it is larger than `--max-memory`"
+    )
+    tolerance = report.written.tolerance or TOLERANCE[dtype]
+    return compare(writer.partial, logits, report.fingerprint, tolerance)

@@ -10,6 +10,7 @@ from typing import Any
 
 from compresso.errors import ConfigError, GateError
 from compresso.runtime import parse_bytes
+from compresso.settings import TASK
 
 METRICS = (
     "ppl",
@@ -71,9 +72,10 @@ def split_limits(texts: list[str]) -> dict[str, str]:
 
 
 def _parse(metric: str, text: str, where: str) -> Gate:
-    if metric not in METRICS:
+    if metric not in METRICS and not metric.startswith(TASK):
         near = difflib.get_close_matches(metric, METRICS)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(METRICS)}"
+        known = f"known: {', '.join(METRICS)}, and `{TASK}NAME_METRIC` of a task"
+        hint = f"did you mean `{near[0]}`?" if near else known
         raise ConfigError(f"{where}: unknown metric `{metric}` in `assert`", hint=hint)
     found = _LIMIT.fullmatch(text)
     try:

@@ -60,19 +60,25 @@ def _formats() -> Rows:
             "name": "safetensors",
             "is": "dense weights, as transformers saves them",
             "read": "yes",
-            "written by": "prune, quantize --no-pack",
+            "written by": "prune, quantize --no-pack, export: dense",
         },
         {
             "name": "pack-quantized",
             "is": "packed weights of compressed-tensors, 2, 3, 4 or 8 bits, also mixed",
             "read": "by analyze, eval and inspect",
-            "written by": "quantize: gptq, rtn, rsq, autoround",
+            "written by": "quantize: gptq, rtn, rsq, autoround; export: compressed-tensors",
         },
         {
             "name": "bitsandbytes",
             "is": "nf4, fp4 and int8 as transformers saves them",
             "read": "by analyze, eval and inspect",
             "written by": "quantize: nf4, int8",
+        },
+        {
+            "name": "decilm",
+            "is": "Llamas without some attentions or MLPs, as Nemotron-NAS has them",
+            "read": "no",
+            "written by": "export: decilm",
         },
         {
             "name": "coded",

@@ -81,6 +81,51 @@ def verify(
     check_verification(found)
 
 
+def bench(
+    *,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="Checkpoints, or exports: directories or GGUF files. The original of the first"
+            " is measured, too.",
+            show_default="the newest in ./compresso-runs, else `reference`",
+        ),
+    ] = None,
+    runtimes: Runtimes = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens",
+            min=1,
+            help="Tokens to read.",
+            show_default="256, or what the models take",
+        ),
+    ] = None,
+    new: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to write.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all are measured, in turns.")] = 3,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Time MODEL and its original side by side, in transformers and llama.cpp.
+
+    Tokens per second of reading and of writing, time to the first token, memory. Says so where
+    there is no gain.
+    """
+    settings = build(RuntimeSettings, sort_runtime(options), where="compresso bench")
+    names = models or [choose_model()]
+
+    from compresso.runtime import make_runtime
+    from compresso.stages.bench import Plan, print_bench
+    from compresso.stages.bench import bench as run
+
+    found = run(names, runtimes or [], Plan(prompt, new, rounds), make_runtime(settings))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_bench(found)
+
+
 def generate(
     *,
     model: Model = None,
@@ -188,6 +233,7 @@ def _pace(written: Written) -> str:
 
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     verify: ("device", "dtype", "max_memory", "trust_remote_code"),
+    bench: ("device", "trust_remote_code"),
     generate: ("device", "dtype", "trust_remote_code"),
     chat: ("device", "dtype", "trust_remote_code"),
 }

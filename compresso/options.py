@@ -26,6 +26,7 @@ FLAGS = {
     "length": "--seqlen",
     "symmetric": "--sym/--asym",
     "block": "--hadamard",
+    "task_limit": "--limit",
     "for_runtime": "--for",
 }
 DANGEROUS = ("trust_remote_code",)
@@ -264,6 +265,8 @@ def _parse(field: str, value: Any) -> Any:
     """Read what the command line cannot: `--drop 3,4,7`."""
     if field == "ignore":
         return tuple(value)
+    if field == "tasks":
+        return tuple(part.strip() for text in value for part in text.split(","))
     if field not in BLOCK_LISTS:
         return value
     parts = [part.strip() for text in value for part in text.split(",")]

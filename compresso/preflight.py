@@ -18,6 +18,7 @@ from compresso.provenance import lineage
 from compresso.quantize_settings import DEFAULT_BITS
 from compresso.recipe import Step
 from compresso.runtime import format_bytes, free_memory
+from compresso.runtimes.tasks import check_tasks
 
 COPIES_OF_A_BLOCK = 2
 FLOAT32_BYTES = 4
@@ -88,7 +89,12 @@ def check_adapter(step: Step, source: Checkpoint) -> None:
 
 
 def check_packages(step: Step, source: Checkpoint) -> None:
-    """Raises ResourceError if packed weights are involved and cannot be loaded here."""
+    """Raises ResourceError if packed weights, or tasks, are involved and cannot be run here.
+
+    CheckpointError if a task that is asked for is in no file.
+    """
+    if step.stage == "eval" and step.settings.tasks:
+        check_tasks(step.settings.tasks)
     if registry.stage(step.stage).exports:  # decodes the weights itself, and says what it misses
         return
     needed = {str(method_of(source.config))}
@@ -104,6 +110,8 @@ def check_packages(step: Step, source: Checkpoint) -> None:
 
 def smallest_output(step: Step, source: Checkpoint) -> int:
     """Bytes the step's output holds at the very least."""
+    if (step.stage, step.method) == ("export", "dense"):
+        return source.parameters * source.dtype.itemsize
     if registry.stage(step.stage).leaves is None:
         return 0
     if step.stage == "quantize" and step.settings.pack:

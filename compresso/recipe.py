@@ -14,7 +14,7 @@ from compresso.config import build, fields
 from compresso.errors import ConfigError
 from compresso.gates import Gate, gate_texts, parse_gates
 from compresso.quantize_for import restricted
-from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.settings import TASK, CalibrationSettings, RuntimeSettings
 
 KEYS = ("model", "calibration", "runtime", "stages")
 SPELLED = {"for_runtime": "for"}  # settings whose key in a recipe is no name in Python
@@ -124,7 +124,11 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
     _check_step_keys(stage, name, values, where)
     if stage == "quantize":
         values = restricted(name, values, where=where)
-    return Step(stage, name, build(method.settings, values, where=where), gates)
+    settings = build(method.settings, values, where=where)
+    for gate in gates:
+        if gate.metric.startswith(TASK) and not settings.tasks:
+            raise ConfigError(f"{where}: `{gate.metric}` in `assert` needs `tasks`")
+    return Step(stage, name, settings, gates)
 
 
 def field_of(key: str) -> str:
@@ -163,7 +167,11 @@ def locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[str]]:
 
     def find_in(record: Any) -> Any:
         named = {name: getattr(record, name, None) for name in PATHS}
-        return replace(record, **{name: find(text) for name, text in named.items() if text})
+        found: dict[str, Any] = {name: find(text) for name, text in named.items() if text}
+        if tasks := getattr(record, "tasks", ()):
+            files = (".yaml", ".yml")
+            found["tasks"] = tuple(find(task) if task.endswith(files) else task for task in tasks)
+        return replace(record, **found)
 
     located = replace(
         recipe,

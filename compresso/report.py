@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compresso.runtime import format_bytes
+from compresso.settings import TASK
 
 if TYPE_CHECKING:
     from compresso.checkpoint.proof import Fingerprint
@@ -122,6 +123,11 @@ def comparison_table(rows: list[dict[str, Any]], title: str) -> Table:
     for key, words, form in EVALUATED:
         if any(key in row for row in rows):
             table.add_row(words, *(_with_error(row, key, form) for row in rows))
+    tasks = dict.fromkeys(key for row in rows for key in row if key.startswith(TASK))
+    for key in tasks:
+        if not key.endswith("_se"):
+            cells = (_with_error(row, key, "{:.4g}".format) for row in rows)
+            table.add_row(key.removeprefix(TASK).replace("_", " "), *cells)
     return table
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from compresso.config import checked, limit, settings
 
+TASK = "task_"  # begins the key of what a task measures
 Dataset = Annotated[
     str,
     limit(
@@ -137,6 +138,25 @@ class EvalSettings:
         bool, limit(description="Also evaluate every checkpoint between the original and this.")
     ] = False
     speed: Annotated[bool, limit(description="Measure tokens per second and memory.")] = True
+    tasks: Annotated[
+        tuple[str, ...],
+        limit(
+            description="Tasks of lm-eval to run besides: `stdlib_cloze` and `stdlib_choice`, which"
+            " need no download, any that it knows, or YAML files of your own."
+        ),
+    ] = ()
+    task_limit: Annotated[
+        int | None, limit(ge=1, description="Most questions of each task; all if not given.")
+    ] = None
+    num_fewshot: Annotated[
+        int | None, limit(ge=0, description="Examples before each question; as the task says.")
+    ] = None
     prompt: Annotated[
         str | None, limit(description="Text to continue as a sample; else some of the dataset's.")
     ] = None
+
+    @checked
+    def _only_for_tasks(self) -> EvalSettings:
+        if not self.tasks and (self.task_limit, self.num_fewshot) != (None, None):
+            raise ValueError("`task_limit` and `num_fewshot` need `tasks`")
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from compresso import registry
@@ -11,6 +12,7 @@ from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.runtime import Runtime, log
+from compresso.runtimes.tasks import tasks_key
 from compresso.settings import CalibrationSettings
 
 
@@ -39,6 +41,9 @@ def load_data(
         )
         whole = step.settings.samples is None
         data = load_heldout(held_out, source, whole=whole, trust_remote_code=trust, author=author)
+        if step.settings.tasks:  # their questions are read, too
+            asked = {"questions": tasks_key(step.settings.tasks)}
+            data = replace(data, record=data.record | asked)
     elif registry.reads_text(step.stage, step.method, step.settings):
         data = load_calibration(
             calibration,

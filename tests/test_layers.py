@@ -17,7 +17,7 @@ KERNELS = {"errors"}
 CHECKPOINT = {"", "errors", "kernels"}
 MODELS = CHECKPOINT | {"checkpoint", "families"}
 CALIBRATION = MODELS | {"models", "settings", "config", "runtime"}
-RUNTIMES = MODELS | {"models", "runtime"}
+RUNTIMES = MODELS | {"models", "runtime", "settings"}
 STAGES = CALIBRATION | {
     "runtimes",
     "quantize_settings",
@@ -41,6 +41,7 @@ ALLOWED = {
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
     "formats": STAGES | {"gguf_layouts"},
+    "tasks": {"calibration"},
 }
 KERNEL_LIBRARIES = {
     "__future__",

@@ -23,6 +23,7 @@ TOKENS_PER_BATCH = 2048
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 LONGEST_DEFAULT = 2048
 KEPT_BACK = 0.1  # of a text without a held-out part, to judge by what nobody learned from
+KEYS = ("hash", "questions")  # entries of a record that identify it
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Calibration:
 
     @property
     def key(self) -> str:
-        """A hash of the token ids and their arrangement."""
-        return str(self.record["hash"])
+        """A hash of the token ids and their arrangement, and of questions that go with them."""
+        return " ".join(str(self.record[name]) for name in KEYS if name in self.record)
 
 
 def load_calibration(

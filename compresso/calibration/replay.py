@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_tokens
+from compresso.calibration.probe import probe_of
 from compresso.calibration.walk import enter_blocks, walk_blocks
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
@@ -42,16 +42,16 @@ def replay(
 
 def fingerprint_of(source: Checkpoint, runtime: Runtime) -> Fingerprint:
     """What a checkpoint says of the probe tokens, run as the user asked."""
-    config = open_adapter(source, runtime).config.get_text_config()
-    tokens = probe_tokens(config.vocab_size)
+    tokens = probe_of(open_adapter(source, runtime).config)
+    dtype = runtime.compute_dtype(source.dtype)
     logits = replay(
         source,
         tokens,
-        dtype=runtime.compute_dtype(source.dtype),
+        dtype=dtype,
         device=runtime.device,
         trust_remote_code=runtime.trust_remote_code,
     )
-    return Fingerprint(tokens, logits)
+    return Fingerprint(tokens, logits, dtype)
 
 
 def distance(model: Fingerprint, other: Fingerprint) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError, GateError
+from compresso.errors import GateError
 from compresso.formats.gguf_families import Plan, family_for, plan_for
 from compresso.formats.gguf_file import (
     GgufFile,
@@ -47,8 +47,8 @@ SAMPLES = (
     "\u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \u3053\u3093\u306b\u3061\u306f",
     "  leading, trailing  ",
 )
-# Marks that combine with a letter, which llama.cpp does not compose, and in some of its splits takes
-# for no part of a word.
+# Marks that combine with a letter: llama.cpp does not compose them, and in some of its splits takes
+# them for no part of a word.
 RARE = (
     "\U0001f600\u200d\U0001f525 \u2211\u221e e\u0301 DON'T don't",
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
@@ -80,6 +80,7 @@ def write(export: Export) -> Written:
     weights = GgufWeights(target, plan, model, added=added)
     if has_tokens and settings.verify and llama_cpp.missing() is None:
         _prove_tokens(export, target)
+    export.report.warnings += _inexact(encoded, kind)
     rows = _rows(weights, encoded)
     codes = any(row["as"] not in ("f32", "f16", "bf16") for row in rows)
     return Written(
@@ -87,6 +88,7 @@ def write(export: Export) -> Written:
         rows=rows,
         tolerance=CODES_TOLERANCE if codes else DENSE_TOLERANCE,
         model=weights,
+        corrected=bool(added),
     )
 
 
@@ -113,8 +115,7 @@ def _plan(export: Export) -> tuple[Checkpoint, ModelAdapter, Plan]:
             _, _, path = name.removeprefix(f"{blocks}.").partition(".")
             name = f"{blocks}.{place}.{path}"
         found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise ConfigError(f"llama.cpp has no place for `{name}` in `{arch}`")
+        assert found is not None, name
         return found
 
     return model, adapter, plan_for(model, adapter, rename)
@@ -236,6 +237,23 @@ def _prove_tokens(export: Export, target: Path) -> None:
         if text in SAMPLES:
             raise GateError(f"{message}: {tokens}, not {expected}")
         export.report.warnings.append(f"{message}, as it reads marks that combine in its own way")
+
+
+def _inexact(encoded: dict[str, Encoded], kind: str) -> list[str]:
+    """What became of codes that no type holds as they are."""
+    found = []
+    if offsets := sum(not tensor.exact for tensor in encoded.values()):
+        found.append(
+            f"{offsets} linears have zeros between levels, which GGUF stores as offsets: these were"
+            " rounded to float16"
+        )
+    dense = sum(tensor.how == "decoded" for tensor in encoded.values())
+    if dense and kind == "auto":
+        found.append(
+            f"{dense} linears are stored dense, as no GGUF type has their codes: give a `--type` to"
+            " round them once more, or quantize again with `--for llama.cpp`"
+        )
+    return found
 
 
 def _rows(weights: GgufWeights, encoded: dict[str, Encoded]) -> list[dict[str, Any]]:

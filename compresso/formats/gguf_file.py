@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.directory import read_json
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError
+from compresso.errors import ConfigError, ResourceError
 from compresso.formats.gguf_families import Plan
 from compresso.formats.gguf_tensors import Encoded
 from compresso.formats.gguf_types import gguf_package
@@ -38,26 +41,31 @@ class GgufFile:
         self._scratch = self._scratch_path.open("wb")
 
     def add(self, tensor: Encoded) -> None:
-        """Keep a tensor; its bytes need not stay in memory."""
+        """Keep a tensor; its bytes need not stay in memory.
+
+        Raises ResourceError if the disk is full.
+        """
         gguf = gguf_package()
         kind = gguf.GGMLQuantizationType[tensor.type.upper()]
         data = np.ascontiguousarray(tensor.data)
         self.header.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), data.nbytes, raw_dtype=kind
         )
-        self._scratch.write(data.tobytes())
-        self._scratch.write(bytes(-data.nbytes % ALIGNMENT))
+        with _writing(self.path):
+            self._scratch.write(data.tobytes())
+            self._scratch.write(bytes(-data.nbytes % ALIGNMENT))
 
     def finish(self) -> None:
-        """Write the file."""
-        self._scratch.close()
-        self.header.write_header_to_file()
-        self.header.write_kv_data_to_file()
-        self.header.write_ti_data_to_file()
-        self.header.close()
-        with self.path.open("ab") as file, self._scratch_path.open("rb") as data:
-            file.write(bytes(-file.tell() % ALIGNMENT))
-            shutil.copyfileobj(data, file, 2**24)
+        """Write the file. Raises ResourceError if the disk is full."""
+        with _writing(self.path):
+            self._scratch.close()
+            self.header.write_header_to_file()
+            self.header.write_kv_data_to_file()
+            self.header.write_ti_data_to_file()
+            self.header.close()
+            with self.path.open("ab") as file, self._scratch_path.open("rb") as data:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                shutil.copyfileobj(data, file, 2**24)
 
     def __enter__(self) -> Self:
         return self
@@ -72,10 +80,22 @@ class GgufFile:
         self._scratch_path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write `{path}`: {error.strerror}",
+            hint="make room, or give access, and run the same command again",
+        ) from error
+
+
 def describe_model(file: GgufFile, plan: Plan, config: Any, source: Checkpoint) -> None:
     """Say what the model is. config: that of transformers."""
     gguf, header = gguf_package(), file.header
     metadata = gguf.Metadata.load(None, source.path, None, source.parameters)
+    metadata.name = metadata.name or source.path.name
     metadata.set_gguf_meta_model(header)
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
     header.add_vocab_size(config.vocab_size)
@@ -171,10 +191,20 @@ def describe_tokens(
     first, last = tokenizer.inner.bos_token_id, tokenizer.inner.eos_token_id
     special.add_special_token["bos"] = around == [first, *plain] or around == [first, *plain, last]
     special.add_special_token["eos"] = around[len(around) - 1 :] == [last] != plain[-1:]
+    more = [token for token in _ends(source) if token != last]
+    if more:
+        special.special_token_ids.setdefault("eot", more[0])
     template = getattr(tokenizer.inner, "chat_template", None)
     if isinstance(template, str):
         special.chat_template = template
     special.add_to_gguf(header, quiet=True)
+
+
+def _ends(source: Checkpoint) -> list[int]:
+    """The tokens that end a text, of which an instructed model has several."""
+    path = source.path / "generation_config.json"
+    given = read_json(path).get("eos_token_id") if path.is_file() else None
+    return list(given) if isinstance(given, list) else []
 
 
 def describe_no_tokens(file: GgufFile) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from compresso.errors import ConfigError
 from compresso.formats.gguf_families import Plan
 from compresso.formats.gguf_file import GgufFile
 from compresso.formats.gguf_tensors import Encoded, change
@@ -23,8 +22,6 @@ def write_lora(folder: Path, plan: Plan, corrections: Mapping[str, LowRank]) -> 
     """Write the corrections of linears, by path in the checkpoint.
 
     Returns the products by name of tensor in the model's file, as they are added to what is there.
-
-    Raises ConfigError if one is of a linear that is not in the file.
     """
     keys = gguf_package().Keys
     pieces = {piece.stored: piece for piece in plan.pieces if piece.stored is not None}
@@ -34,9 +31,7 @@ def write_lora(folder: Path, plan: Plan, corrections: Mapping[str, LowRank]) -> 
         file.header.add_string(keys.Adapter.TYPE, "lora")
         file.header.add_float32(keys.Adapter.LORA_ALPHA, 0.0)  # the product, whatever its rank
         for path, factors in corrections.items():
-            piece = pieces.get(f"{path}.weight")
-            if piece is None:
-                raise ConfigError(f"`{path}` has a correction, but is not in the file")
+            piece = pieces[f"{path}.weight"]
             up = change(factors.up.float(), piece)
             for tensor, ending in ((factors.down.float(), DOWN), (up, UP)):
                 file.add(_kept(f"{piece.name}{ending}", tensor))

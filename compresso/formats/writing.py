@@ -42,6 +42,7 @@ class Written:
     model:     reads as what is stored, if that is not what the source has; to prove it by.
     reread:    the same, where compresso can read what was written.
     adapter:   corrections that are to lie beside it, for PEFT, by path in transformers.
+    corrected: whether such corrections are in files of its own instead.
     fan_in_fan_out: whether the linears that they correct are modules of (in, out) weights.
     """
 
@@ -57,6 +58,7 @@ class Written:
     model: Checkpoint | None = None
     reread: bool = False
     adapter: dict[str, LowRank] = field(default_factory=dict)
+    corrected: bool = False
     fan_in_fan_out: bool = False
 
 

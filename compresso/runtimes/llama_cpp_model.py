@@ -93,10 +93,9 @@ class Model:
             self._put(correction)
 
     def _put(self, correction: Any) -> None:
-        adapters = (ctypes.c_void_p * 1)(correction)
+        adapters = (type(correction) * 1)(correction)
         scales = (ctypes.c_float * 1)(1.0)
-        if self._library.llama_set_adapters_lora(self._context, adapters, 1, scales):
-            raise GateError(f"{NAME} does not take the corrections: {self._said.reason()}")
+        self._library.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
     def forget(self) -> None:
         """Begin a text anew."""

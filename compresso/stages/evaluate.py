@@ -30,9 +30,10 @@ from compresso.models.tokenizer import Tokenizer
 from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.report import Report
-from compresso.runtime import Runtime, track
+from compresso.runtime import Runtime, log, track
 from compresso.runtimes import transformers
 from compresso.runtimes.memory import shortage
+from compresso.runtimes.tasks import run_tasks
 from compresso.settings import EvalSettings
 
 # Logits of one chunk of positions are held for two models at once, in float32.
@@ -71,6 +72,7 @@ def evaluate(
 
     Reports a row per checkpoint: `ppl` with its standard error over windows, `kl` (nats per
     token, original || compressed) likewise, `top1_agreement` with its binomial standard error,
+    what tasks measure under `task_NAME_METRIC` with the standard errors of lm-eval,
     `size` (stored bytes), `parameters`, `bits_per_weight`, tokens per second and peak memory.
     """
     settings: EvalSettings = step.settings
@@ -88,6 +90,8 @@ def evaluate(
         row |= _quality(original, compared, calibration)
         if settings.speed:
             row |= _speed(checkpoint, calibration, prompt, tokenizer, runtime, report)
+        if settings.tasks:
+            row |= _tasks(checkpoint, settings, runtime)
         report.rows.append(row)
     if len(report.rows) > 1 or settings.against is None:
         report.summary = _summary(report.rows)
@@ -247,6 +251,23 @@ def _speed(
     row = {name: value for name, value in asdict(speed).items() if name in SPEEDS}
     row["continuation"] = tokenizer.decode(speed.continuation)
     return row
+
+
+def _tasks(checkpoint: Checkpoint, settings: EvalSettings, runtime: Runtime) -> dict[str, float]:
+    """What it achieves in tasks. Raises ResourceError if it does not fit memory."""
+    if (reason := shortage(checkpoint, runtime.device)) is not None:
+        raise ResourceError(
+            f"`{checkpoint.path}` is too large for tasks: {reason}", hint="leave out `--tasks`"
+        )
+    log(f"eval: `{checkpoint.path}` in {', '.join(settings.tasks)}")
+    return run_tasks(
+        checkpoint.path,
+        settings.tasks,
+        most=settings.task_limit,
+        shots=settings.num_fewshot,
+        device=str(runtime.device),
+        trust_remote_code=runtime.trust_remote_code,
+    )
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

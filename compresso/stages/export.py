@@ -49,7 +49,8 @@ def export(
     report.config, report.expected = written.config, written.expected
     report.carried = written.carried
     report.summary = _summary(source, written) | report.summary
-    dropped = source.adapter is not None and not (written.adapter or step.settings.merge_adapter)
+    kept = written.adapter or written.corrected or step.settings.merge_adapter
+    dropped = source.adapter is not None and not kept
     model = without_adapter(source) if dropped else source
     report.fingerprint = fingerprint_of(model, runtime)
     if written.model is not None:

@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.probe import probe_of
-from compresso.calibration.replay import replay
+from compresso.calibration.replay import fingerprint_of
 from compresso.checkpoint.hub import resolve
 from compresso.checkpoint.proof import TOLERANCE, Fingerprint, prove
 from compresso.checkpoint.reader import Checkpoint
@@ -111,16 +110,7 @@ def _expected(path: Path, record: dict[str, Any], runtime: Runtime) -> tuple[Fin
         raise CheckpointError(
             f"`{path}` has no `{RECORD}` to hold it against, and compresso cannot run a `{kind}`"
         )
-    dtype = runtime.compute_dtype(source.dtype)
-    tokens = probe_of(open_adapter(source, runtime).config)
-    logits = replay(
-        source,
-        tokens,
-        dtype=dtype,
-        device=runtime.device,
-        trust_remote_code=runtime.trust_remote_code,
-    )
-    return Fingerprint(tokens, logits, dtype), "compresso's own evaluation, block by block"
+    return fingerprint_of(source, runtime), "compresso's own evaluation, block by block"
 
 
 def _computed_in(expected: Fingerprint, dtype: torch.dtype | None) -> Fingerprint:

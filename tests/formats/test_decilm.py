@@ -1,11 +1,12 @@
 """Exports in the config of Nemotron-NAS: loaded by the code in them, and run as vLLM runs them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from coding import affine, save_coded, uniform
-from correcting import PROBE, corrections, logits_in_memory, put_beside
+from correcting import PROBE, RUNTIME, corrections, logits_in_memory, put_beside
 from exporting import close, loaded_logits, run_export
 from peft import PeftModel
 from restructured import STRUCTURES, reference, save
@@ -125,3 +126,14 @@ def test_configs_of_other_making(tmp_path):
     values["block_configs"].pop()
     with pytest.raises(ValueError, match="not about every block"):
         DeciLMForCausalLM(DeciLMConfig.from_dict(values))
+
+
+def test_what_is_too_large_to_load_is_not_proved(tmp_path, monkeypatch):
+    source = save(build("llama"), BOTH, tmp_path / "source")
+    monkeypatch.setattr("exporting.RUNTIME", replace(RUNTIME, max_memory=10_000))
+    report = run_export(source, tmp_path / "out", FORM).report
+    assert report.summary["proved"] == "no"
+    assert report.warnings == [
+        "not proved: the decilm export was written, but not loaded in `transformers`, as it is"
+        " larger than `--max-memory`"
+    ]

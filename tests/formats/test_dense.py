@@ -1,12 +1,15 @@
 """Dense exports: any checkpoint as the stock class of its family has it."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from coding import affine, save_coded, vector
 from correcting import (
     PROBE,
+    RUNTIME,
     calm,
     corrections,
     logits_in_memory,
@@ -21,8 +24,9 @@ from tiny_models import build
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError, GateError
+from compresso import preflight
+from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.errors import ConfigError, GateError, Interrupted, ResourceError
 from compresso.models.structure import MODELING_FILES
 from compresso.provenance import lineage
 
@@ -171,3 +175,54 @@ def test_without_the_package_that_proves_it(tmp_path, monkeypatch):
         "not proved: the dense export was written, but not loaded in `transformers`, as package"
         " `peft` is not installed: pip install 'compresso-llm[peft]'"
     ]
+
+
+def test_a_model_larger_than_the_budget_is_proved_in_blocks(tmp_path, monkeypatch):
+    source = SOURCES["asymmetric"](tmp_path)
+    monkeypatch.setattr("exporting.RUNTIME", replace(RUNTIME, max_memory=10_000))
+    outcome = run_export(source, tmp_path / "out", "dense")
+    assert outcome.report.summary["proved"] == "in compresso, block by block"
+    assert outcome.report.summary["difference"] == 0
+    assert outcome.report.warnings == [
+        "proved block by block, without loading it whole, as it is larger than `--max-memory`"
+    ]
+
+
+def test_an_interrupted_export_goes_on(tmp_path, monkeypatch):
+    source = stock("llama", tmp_path / "x")
+    read = []
+
+    def dense_tensor(model, name):
+        if name.startswith("model.layers.1.") and len(read) < 15:
+            raise KeyboardInterrupt
+        read.append(name)
+        return model.load([name])[name]
+
+    monkeypatch.setattr("compresso.formats.parts.dense_tensor", dense_tensor)
+    with pytest.raises(Interrupted, match="1 finished parts are saved"):
+        run_export(source, tmp_path / "out", "dense")
+    first = list(read)
+    read += [""] * 20
+    run_export(source, tmp_path / "out", "dense")
+    assert not set(first) & set(read[len(first) :])
+    assert {*read} - {""} == {*source.names()}
+
+
+def test_room_on_the_disk(tmp_path, monkeypatch):
+    source = SOURCES["asymmetric"](tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match="needs at least") as raised:
+        run_export(source, tmp_path / "out", "dense")
+    assert raised.value.hint == "choose another disk with `-o`"
+
+
+def test_the_bundled_model(tmp_path):
+    """Quantized, then in three formats, each loaded by transformers and near what it is made of."""
+    source = run_quantize(
+        open_checkpoint("reference"), tmp_path / "q", method="rtn", bits=4, group_size=64
+    )
+    for form in ("dense", "compressed-tensors", "decilm"):
+        report = run_export(source, tmp_path / form, form).report
+        assert report.summary["proved"].startswith("in transformers")
+        assert report.summary["same_top_token"] > 0.95 and not report.warnings
+    assert Checkpoint(tmp_path / "compressed-tensors").stored_bytes == source.stored_bytes

@@ -55,11 +55,15 @@ def exported(model, path, **settings):
 
 def calm(family="llama", **changes):
     """A wide model whose weights are as large as those of trained ones."""
-    model = build(family, **WIDE, **changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(0.35)
+    return quiet(build(family, **WIDE, **changes))
+
+
+@torch.no_grad()
+def quiet(model):
+    """The model with smaller weights, in which rounding errors do not grow."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(0.35)
     return model
 
 
@@ -167,7 +171,7 @@ def test_codes_are_the_same_codes(name, tmp_path):
 def test_codes_of_a_shared_and_halved_model(tmp_path):
     """Everything at once: structure, shared linears, and codes in blocks that are permuted."""
     structure = Structure(no_attention=(1,), no_mlp=(2,), shared=(0, 1, 0, 3, 3, 3))
-    model = build("llama").to(torch.bfloat16)
+    model = quiet(build("llama")).to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     source = save(model, structure, tmp_path / "source")
     packed = run_quantize(source, tmp_path / "packed", method="rtn", bits=8, group_size=32)
@@ -245,6 +249,12 @@ def test_columns_that_count_more_are_rounded_better(tmp_path):
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_what_the_quantizer_refuses_is_an_error(tmp_path):
+    out = exported(calm(), tmp_path)
+    with pytest.raises(GateError, match=r"cannot quantize .*imatrix"):
+        quantize_file(out / "model.gguf", out / "x", "iq2_xxs", kept={}, outer=None, importance={})
+
+
 def test_types_that_are_named_for_head_and_embedding(tmp_path):
     model = calm()
     out = exported(model, tmp_path, type="q4_0", outer="q8_0")
@@ -293,6 +303,7 @@ def test_corrections_lie_in_a_file_beside_codes(tmp_path, monkeypatch):
     outcome = run_export(corrected, tmp_path / "out", "gguf", verify=False)
     rows = {(row["stored"], row["as"]): row["tensors"] for row in outcome.report.rows}
     assert rows[("repacked", "q4_0")] == 14
+    assert outcome.report.summary["kl_to_model"] < 1e-3
     record = json.loads((tmp_path / "out" / "compresso.json").read_text())
     fingerprint = Fingerprint.from_json(record["fingerprint"])
     found = said(tmp_path / "out", fingerprint.tokens)

@@ -18,9 +18,9 @@ from transformers import (
 
 from compresso.checkpoint.hub import resolve
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, GateError
 from compresso.formats.gguf import RARE, SAMPLES
-from compresso.formats.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
+from compresso.formats.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary, tokenizer_json
 from compresso.runtimes.llama_cpp_model import Model
 
 TEXT = [
@@ -187,6 +187,18 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(name):
     with pytest.raises(CheckpointError, match=message) as refused:
         read_vocabulary(json.loads(tokenizer.to_str()), SIZE, pre=None)
     assert "--no-tokenizer" in refused.value.hint
+
+
+def test_a_tokenizer_in_python_alone_is_refused():
+    with pytest.raises(CheckpointError, match="it is a `object`"):
+        tokenizer_json(object())
+
+
+@pytest.mark.runtimes
+def test_a_split_of_another_name_is_found_out(tmp_path):
+    source, _ = checkpoint(bytes_with((r"\w+|\W+",)), tmp_path / "source")
+    with pytest.raises(GateError, match="other tokens of"):
+        run_export(source, tmp_path / "out", "gguf", pre_tokenizer="gpt-2")
 
 
 def test_the_name_of_a_split_can_be_given():
