@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from compresso.config import describe, fields
+from compresso.methods import STAGES
 from compresso.provenance import history
 from compresso.report import EVALUATED
 from compresso.runtime import format_bytes
@@ -105,7 +107,8 @@ def model_card(
         f"# {_title(known or origin.folder, steps)}",
         f"{_link(known, origin)}, made smaller with compresso {record['versions']['compresso']}.",
         "## What was done",
-        *[_step(number, step) for number, step in enumerate(steps, start=1)],
+        "\n".join(_step(number, step) for number, step in enumerate(steps, start=1)),
+        _calibration(record),
         _recipe(known or origin.folder, steps),
         "## Before and after",
         _sizes(origin, output, evaluated or []),
@@ -140,25 +143,56 @@ def _link(base: str | None, origin: Origin) -> str:
 
 
 def _step(number: int, step: dict[str, Any]) -> str:
-    return f"{number}. **{step['stage']} {step['method']}**: {_settings(step)}"
+    chosen = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in _chosen(step).items()]
+    return f"{number}. **{step['stage']} {step['method']}**: {', '.join(chosen) or 'as it comes'}"
 
 
-def _settings(step: dict[str, Any]) -> str:
-    given = {k: v for k, v in step.items() if k not in ("stage", "method")}
-    shown = {k: v for k, v in given.items() if v not in (None, [], False)}
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in shown.items())
+def _chosen(step: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded step that are not the method's own; all of an unknown one."""
+    given = {key: value for key, value in step.items() if key not in ("stage", "method")}
+    methods = STAGES[step["stage"]].methods if step["stage"] in STAGES else {}
+    if step["method"] not in methods:
+        return given
+    record = methods[step["method"]].settings
+    usual = {name: describe(record, name)[1] for name in fields(record)}
+    return {
+        key: value
+        for key, value in given.items()
+        if _listed(usual.get(key)) != value and value is not None
+    }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _plain(value: Any) -> str:
-    if value is True:
-        return "yes"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
+    return str(_relative(value))
+
+
+def _calibration(record: dict[str, Any]) -> str:
+    """Where the text came from that was read, by the last step that read any."""
+    read = [entry["calibration"] for entry in history(record) if entry["calibration"]]
+    if not read:
+        return ""
+    parts = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in read[-1].items() if _is_plain(v)]
+    return f"Calibration text: {', '.join(parts)}."
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not (isinstance(value, str) and len(value) > 60)
 
 
 def _recipe(base: str, steps: list[dict[str, Any]]) -> str:
-    stages = [{key: _relative(value) for key, value in step.items()} for step in steps]
+    stages = [
+        {"stage": step["stage"], "method": step["method"]}
+        | {key: _relative(value) for key, value in _chosen(step).items()}
+        for step in steps
+    ]
     text = yaml.safe_dump({"model": base, "stages": stages}, sort_keys=False, allow_unicode=True)
     return f"The same again, with `compresso run` on this file:\n\n```yaml\n{text}```"
 
@@ -237,7 +271,7 @@ def _code(runtime: str, output: Output, name: str, known: dict[str, Any]) -> str
     if runtime == "peft":
         lines = ["from peft import PeftModel", ""]
         if not output.adapter:
-            return ""
+            return "An adapter of yours goes on the model that transformers has loaded."
         if "has run once" in known["note"]:
             lines += ["model(torch.zeros(1, 1, dtype=torch.long))"]
         lines.append(f'model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter")')
@@ -246,6 +280,8 @@ def _code(runtime: str, output: Output, name: str, known: dict[str, Any]) -> str
 
 def _licence(origin: Origin) -> str:
     front, parts = origin.front, []
+    if not front and not origin.licence:
+        return "The original came without a card, and without a file that names its licence."
     if licence := front.get("license"):
         named = front.get("license_name")
         parts.append(f"That of the original: {licence}{f' ({named})' if named else ''}.")

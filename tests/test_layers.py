@@ -40,7 +40,7 @@ ALLOWED = {
     "training": CALIBRATION | {"calibration"},
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES | {"gguf_layouts"},
+    "formats": STAGES | {"export_settings", "gguf_layouts"},
     "tasks": {"calibration"},
 }
 KERNEL_LIBRARIES = {
@@ -86,6 +86,7 @@ LIGHT = (
     "model_commands",
     "export_settings",
     "export_methods",
+    "gguf_layouts",
     "registry",
     "config",
     "workspace",

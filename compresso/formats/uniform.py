@@ -17,7 +17,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.export_settings import CodesSettings
 from compresso.formats.matrices import Matrix, codes, matrices, scheme_of, weight
-from compresso.formats.parts import Parts, Stored, refuse_inexact_merge, write_parts
+from compresso.formats.parts import How, Parts, Stored, refuse_inexact_merge, write_parts
 from compresso.formats.writing import Export
 from compresso.kernels.grid import Packed, quantize
 from compresso.kernels.recast import exact_in, recast
@@ -71,7 +71,7 @@ class Uniform:
         if scheme_of(self.model, matrix.path) is None:
             turned = self.adapter.family.transposed
             own = rounded(weight(self.model, matrix, transposed=turned), scheme)
-            how = "rounded"
+            how: How = "rounded"
         else:
             found = codes(self.model, matrix.path)
             assert found is not None
