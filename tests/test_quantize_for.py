@@ -42,7 +42,7 @@ def test_groups_are_chosen(runtime, values, group_size):
     ("runtime", "values", "message"),
     [
         ("llama.cpp", {"bits": 3, "group_size": 64}, "symmetric codes of 3 bits in groups of 64"),
-        ("llama.cpp", {"symmetric": False}, "asymmetric codes of 4 bits"),
+        ("llama.cpp", {"bits": 8, "symmetric": False}, "asymmetric codes of 8 bits"),
         ("llama.cpp", {"target_bits": 3.5, "group_size": 64}, "codes of several widths in groups"),
         ("llama.cpp", {"method": "nf4"}, "what `nf4` writes"),
         ("vllm", {"bits": 3}, "symmetric codes of 3 bits"),
