@@ -23,6 +23,7 @@ def step(runtime, **values):
         ("llama.cpp", {"bits": 2}, 256),
         ("llama.cpp", {"bits": 4, "group_size": 128}, 128),
         ("llama.cpp", {"target_bits": 3.5}, 256),
+        ("llama.cpp", {"symmetric": False}, 256),
         ("vllm", {}, 64),
         ("vllm", {"symmetric": False}, 64),
         ("vllm", {"bits": 8, "group_size": -1}, -1),
