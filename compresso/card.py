@@ -48,7 +48,8 @@ class Output:
     """What an output holds, as its card has it.
 
     bytes, parameters: as in `Origin`. runtimes: as `runtimes_for` has it. kind: how its linears are
-    stored. adapter: whether corrections lie beside it. gguf: its GGUF file, if it is one.
+    stored. adapter: whether corrections lie beside it. gguf: its GGUF file, if it is one; of such
+    parameters are not counted, and 0.
     """
 
     bytes: int
@@ -105,7 +106,7 @@ def model_card(
         f"---\n{_front(origin, output, known)}---",
         MARK,
         f"# {_title(known or origin.folder, steps)}",
-        f"{_link(known, origin)}, made smaller with compresso {record['versions']['compresso']}.",
+        f"{_link(known, origin)}, made with compresso {record['versions']['compresso']}.",
         "## What was done",
         "\n".join(_step(number, step) for number, step in enumerate(steps, start=1)),
         _calibration(record),
@@ -204,7 +205,11 @@ def _relative(value: Any) -> Any:
 def _sizes(origin: Origin, output: Output, evaluated: list[dict[str, Any]]) -> str:
     rows = [
         ("size", format_bytes(origin.bytes), format_bytes(output.bytes)),
-        ("parameters", f"{origin.parameters:,}", f"{output.parameters:,}"),
+        (
+            "parameters",
+            f"{origin.parameters:,}",
+            f"{output.parameters:,}" if output.parameters else "",
+        ),
         (
             "bits per parameter",
             f"{8 * origin.bytes / origin.parameters:.2f}",

@@ -10,6 +10,7 @@ esac
 sh scripts/setup.sh dev
 if [ "${1:-}" = --runtimes ]; then
     sh scripts/runtimes.sh
+    sh scripts/peers.sh
 fi
 PATH=$PWD/.venv/bin:$PATH
 failed=

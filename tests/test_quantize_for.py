@@ -23,6 +23,7 @@ def step(runtime, **values):
         ("llama.cpp", {"bits": 2}, 256),
         ("llama.cpp", {"bits": 4, "group_size": 128}, 128),
         ("llama.cpp", {"target_bits": 3.5}, 256),
+        ("llama.cpp", {"symmetric": False}, 256),
         ("vllm", {}, 64),
         ("vllm", {"symmetric": False}, 64),
         ("vllm", {"bits": 8, "group_size": -1}, -1),
@@ -42,7 +43,7 @@ def test_groups_are_chosen(runtime, values, group_size):
     ("runtime", "values", "message"),
     [
         ("llama.cpp", {"bits": 3, "group_size": 64}, "symmetric codes of 3 bits in groups of 64"),
-        ("llama.cpp", {"symmetric": False}, "asymmetric codes of 4 bits"),
+        ("llama.cpp", {"bits": 8, "symmetric": False}, "asymmetric codes of 8 bits"),
         ("llama.cpp", {"target_bits": 3.5, "group_size": 64}, "codes of several widths in groups"),
         ("llama.cpp", {"method": "nf4"}, "what `nf4` writes"),
         ("vllm", {"bits": 3}, "symmetric codes of 3 bits"),

@@ -1,5 +1,7 @@
 """Codes in GGUF's layouts decode, with the `gguf` package, to just what they stand for."""
 
+from itertools import product
+
 import gguf
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from compresso.formats.gguf_blocks import repack
 from compresso.gguf_layouts import LAYOUTS, layout_for
 from compresso.kernels.grid import Grid, Packed, fit_grid, round_to_grid
 from compresso.kernels.hqq import AffineCodes
+from compresso.runtimes.table import table
 
 ROWS, COLUMNS = 5, 1024
 
@@ -62,6 +65,15 @@ def test_the_table_has_the_smallest_first():
         for symmetric in (True, False):
             own = [x for x in LAYOUTS if x.codes == codes and x.symmetric in (None, symmetric)]
             assert [x.bits for x in own] == sorted(x.bits for x in own)
+
+
+def test_what_quantize_writes_for_llama_cpp_has_a_type_of_that_width():
+    """At most what a scale for every 16 weights and a minimum come to on top of the codes."""
+    for row in table()["fast"]["llama.cpp"]:
+        for bits, size in product(row.bits, row.groups):
+            symmetric = bool(row.symmetric)
+            found = layout_for(bits=bits, group_size=size, symmetric=symmetric, columns=6 * size)
+            assert found is not None and found.bits <= bits + 0.7
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 256), (4, 64), (3, 256)])
