@@ -242,9 +242,11 @@ def _compared(rows: list[dict[str, Any]], rounds: int) -> Iterator[str]:
             continue
         parts = [f"{row['disk_bytes'] / before['disk_bytes']:.2f} x the size on disk"]
         for key, words, more in COMPARED:
-            parts.append(
-                f"{words} {row[key] / before[key]:.2f} x: {_verdict(before, row, key, more)}"
-            )
+            if before[key] > 0:
+                verdict = _verdict(before, row, key, more)
+                parts.append(f"{words} {row[key] / before[key]:.2f} x: {verdict}")
+            else:  # a model that fits what its libraries had taken before
+                parts.append(f"{words}: too little to tell")
         note = "" if rounds > 1 else " (of one round, whose spread is not known)"
         yield f"`{row['model']}` in {row['runtime']}, against `{before['model']}`{note}: " + (
             "; ".join(parts)
@@ -261,7 +263,6 @@ def _verdict(before: dict[str, Any], row: dict[str, Any], key: str, more: bool) 
 
 
 def _spread(row: dict[str, Any], key: str, form: Any) -> str:
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if low == high:
-        return str(form(row[key]))
-    return f"{form(row[key])} ({form(low)} to {form(high)})"
+    ends = [str(form(row.get(f"{key}_{end}", row[key]))) for end in ("low", "high")]
+    spread = f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""
+    return f"{form(row[key])}{spread}"

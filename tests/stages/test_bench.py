@@ -18,7 +18,7 @@ from compresso.runtimes import memory, process
 from compresso.runtimes import transformers as own
 from compresso.runtimes.engine import Speed
 from compresso.settings import CalibrationSettings
-from compresso.stages.bench import Plan, bench, print_bench
+from compresso.stages.bench import Plan, _compared, bench, print_bench
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,6 @@ def test_in_transformers(pair, monkeypatch):
     found = bench([str(pair[1])], ["transformers"], Plan(rounds=1, new=4), RUNTIME)
     assert [row["runtime"] for row in found["rows"]] == ["transformers"] * 2
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in found["rows"])
+    for row in found["rows"]:  # what the process had taken before, the model does not add to
+        row["memory"] = 0
+    assert "memory: too little to tell" in next(_compared(found["rows"], 1))
