@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,10 +15,12 @@ from compresso.commands import AsJson, Model, choose_model
 from compresso.config import build
 from compresso.errors import ConfigError
 from compresso.options import runtime_parameters, sort_runtime, with_options
+from compresso.recipe import make_step
 from compresso.runtime import log
-from compresso.settings import RuntimeSettings
+from compresso.settings import CalibrationSettings, RuntimeSettings
 
 if TYPE_CHECKING:
+    from compresso.runtime import Runtime
     from compresso.runtimes.transformers_text import TextModel, Written
 
 Runtimes = Annotated[
@@ -110,7 +114,8 @@ def bench(
     """Time MODEL and its original side by side, in transformers and llama.cpp.
 
     Tokens per second of reading and of writing, time to the first token, memory. Says so where
-    there is no gain.
+    there is no gain. If llama.cpp is installed, checkpoints are written as GGUF for it, for the
+    time of the measurement; nothing is rounded for that.
     """
     settings = build(RuntimeSettings, sort_runtime(options), where="compresso bench")
     names = models or [choose_model()]
@@ -119,7 +124,10 @@ def bench(
     from compresso.stages.bench import Plan, print_bench
     from compresso.stages.bench import bench as run
 
-    found = run(names, runtimes or [], Plan(prompt, new, rounds), make_runtime(settings))
+    plan, runtime = Plan(prompt, new, rounds), make_runtime(settings)
+    with tempfile.TemporaryDirectory(prefix="compresso-bench-") as folder:
+        convert = _gguf_writer(Path(folder), runtime)
+        found = run(names, runtimes or [], plan, runtime, convert=convert)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -184,6 +192,20 @@ def chat(
             messages.append({"role": "assistant", "content": written.text})
             typer.echo()
             log(_pace(written))
+
+
+def _gguf_writer(folder: Path, runtime: Runtime) -> Callable[[Path], Path]:
+    """Writes checkpoints as GGUF into `folder`, each once, as their codes are."""
+    from compresso.checkpoint.reader import Checkpoint
+    from compresso.run import run_step
+
+    def write(path: Path) -> Path:
+        step = make_step("export", {"format": "gguf", "verify": False}, where="compresso bench")
+        target = folder / f"{len(list(folder.iterdir()))}-{path.name}"
+        run_step(step, Checkpoint(path), CalibrationSettings(), target, runtime)
+        return target
+
+    return write
 
 
 def _open_text(model: str | None, options: dict[str, Any], where: str) -> TextModel:

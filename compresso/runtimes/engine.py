@@ -109,6 +109,11 @@ def ready_engine(name: str) -> Engine:
     return found
 
 
+def all_engines() -> list[Engine]:
+    """Every runtime, installed or not."""
+    return [engine(name) for name in ENGINES]
+
+
 def engines_for(path: Path) -> list[Engine]:
     """Every runtime, installed or not, that runs what lies at `path`."""
-    return [found for found in map(engine, ENGINES) if found.accepts(path)]
+    return [found for found in all_engines() if found.accepts(path)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from compresso.calibration.probe import PROBE_SEED
 from compresso.checkpoint.directory import CONFIG, read_json
 from compresso.checkpoint.hub import resolve
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError, ConfigError
+from compresso.errors import CheckpointError, CompressoError, ConfigError
 from compresso.provenance import history, read_record
 from compresso.runtime import Runtime, format_bytes, log
-from compresso.runtimes.engine import Engine, Speed, engines_for, ready_engine
+from compresso.runtimes.engine import Engine, Speed, all_engines, engines_for, ready_engine
 from compresso.runtimes.memory import shortage
 
-TRANSFORMERS = "transformers"
+TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 PROMPT, NEW = 256, 64
 SAFE_IDS = 256  # ids that every tokenizer has
 # What is compared of two models: key, words, and whether more is better.
@@ -43,12 +43,29 @@ class Plan:
     rounds: int = 3
 
 
-def bench(names: list[str], runtimes: list[str], plan: Plan, runtime: Runtime) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A model in a runtime. model: what the user knows it as. path: what is loaded."""
+
+    model: str
+    path: Path
+    engine: Engine
+
+
+def bench(
+    names: list[str],
+    runtimes: list[str],
+    plan: Plan,
+    runtime: Runtime,
+    *,
+    convert: Callable[[Path], Path] | None = None,
+) -> dict[str, Any]:
     """Time models in runtimes, in turns, and compare each with the first; plain values.
 
     names:    checkpoints, as commands take them, or exports: directories or GGUF files. The
               original of the first, if it is on the disk, is measured, too, before all others.
     runtimes: names of those to run them in; all that are installed if empty.
+    convert:  writes a checkpoint as GGUF, rounding nothing, and says where; for llama.cpp.
 
     Every measurement is a process of its own. A row has the median of the rounds, and under `_low`
     and `_high` the ends of what they came to.
@@ -59,16 +76,16 @@ def bench(names: list[str], runtimes: list[str], plan: Plan, runtime: Runtime) -
     chosen = [ready_engine(name) for name in dict.fromkeys(runtimes)] or None
     paths = with_original([_place(name) for name in names])
     skipped: list[str] = []
-    jobs = list(_jobs(paths, chosen, runtime, skipped))
+    jobs = list(_jobs(paths, chosen, runtime, skipped, convert))
     if not jobs:
         raise CheckpointError("there is nothing to measure", hint="; ".join(skipped) or None)
     prompt = _prompt(paths, plan)
     speeds: list[list[Speed]] = [[] for _ in jobs]
     for turn in range(plan.rounds):
-        for (path, engine), found in zip(jobs, speeds, strict=True):
-            log(f"round {turn + 1} of {plan.rounds}: `{path}` in {engine.NAME}")
-            found.append(_measure(engine, path, prompt, plan.new, runtime))
-    rows = [_row(*job, found) for job, found in zip(jobs, speeds, strict=True)]
+        for job, found in zip(jobs, speeds, strict=True):
+            log(f"round {turn + 1} of {plan.rounds}: `{job.model}` in {job.engine.NAME}")
+            found.append(_measure(job, prompt, plan.new, runtime))
+    rows = [_row(job, found) for job, found in zip(jobs, speeds, strict=True)]
     return {
         "prompt_tokens": prompt.shape[1],
         "new_tokens": plan.new,
@@ -135,23 +152,32 @@ def _folder(path: Path) -> Path:
 
 
 def _jobs(
-    paths: list[Path], chosen: list[Engine] | None, runtime: Runtime, skipped: list[str]
-) -> Iterator[tuple[Path, Engine]]:
+    paths: list[Path],
+    chosen: list[Engine] | None,
+    runtime: Runtime,
+    skipped: list[str],
+    convert: Callable[[Path], Path] | None,
+) -> Iterator[Job]:
     """Every model in every runtime that takes it; what is left out is told in `skipped`."""
     for path in paths:
         taking = engines_for(path)
-        for engine in taking if chosen is None else chosen:
-            reason = None
-            if engine not in taking:
-                reason = "it is not in the form that this loads: `compresso export` writes it"
-            elif (missing := engine.missing()) is not None:
+        for one in chosen or all_engines():
+            job, reason = Job(str(path), path, one), None
+            if (missing := one.missing()) is not None:
                 reason = f"this needs {missing}"
-            elif engine.NAME == TRANSFORMERS:
-                reason = _shortage(path, runtime)
-            if reason is None:
-                yield path, engine
+            elif one in taking:
+                reason = _shortage(path, runtime) if one.NAME == TRANSFORMERS else None
+            elif one.NAME == LLAMA and taking and convert is not None:
+                try:
+                    job = Job(f"{path} as GGUF", convert(path), one)
+                except CompressoError as error:
+                    reason = f"it cannot be written as GGUF: {error}"
             else:
-                skipped.append(f"not measured: `{path}` in {engine.NAME}, as {reason}")
+                reason = "it is not in the form that this loads: `compresso export` writes it"
+            if reason is None:
+                yield job
+            elif one in taking or chosen or one.NAME == LLAMA:
+                skipped.append(f"not measured: `{path}` in {one.NAME}, as {reason}")
 
 
 def _shortage(path: Path, runtime: Runtime) -> str | None:
@@ -182,18 +208,18 @@ def _prompt(paths: list[Path], plan: Plan) -> Tensor:
     return torch.randint(0, min(sizes, default=vocabulary), shape, generator=generator)
 
 
-def _measure(engine: Engine, path: Path, prompt: Tensor, new: int, runtime: Runtime) -> Speed:
+def _measure(job: Job, prompt: Tensor, new: int, runtime: Runtime) -> Speed:
     options: dict[str, Any] = {"trust_remote_code": runtime.trust_remote_code}
-    if engine.NAME == TRANSFORMERS:
+    if job.engine.NAME == TRANSFORMERS:
         options["device"] = str(runtime.device)
-    return engine.speed(path, prompt, new, **options)
+    return job.engine.speed(job.path, prompt, new, **options)
 
 
-def _row(path: Path, engine: Engine, speeds: list[Speed]) -> dict[str, Any]:
+def _row(job: Job, speeds: list[Speed]) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "model": str(path),
-        "runtime": engine.NAME,
-        "version": engine.version(),
+        "model": job.model,
+        "runtime": job.engine.NAME,
+        "version": job.engine.version(),
         "disk_bytes": speeds[0].disk_bytes,
     }
     values = {
@@ -216,9 +242,11 @@ def _compared(rows: list[dict[str, Any]], rounds: int) -> Iterator[str]:
             continue
         parts = [f"{row['disk_bytes'] / before['disk_bytes']:.2f} x the size on disk"]
         for key, words, more in COMPARED:
-            parts.append(
-                f"{words} {row[key] / before[key]:.2f} x: {_verdict(before, row, key, more)}"
-            )
+            if before[key] > 0:
+                verdict = _verdict(before, row, key, more)
+                parts.append(f"{words} {row[key] / before[key]:.2f} x: {verdict}")
+            else:  # a model that fits what its libraries had taken before
+                parts.append(f"{words}: too little to tell")
         note = "" if rounds > 1 else " (of one round, whose spread is not known)"
         yield f"`{row['model']}` in {row['runtime']}, against `{before['model']}`{note}: " + (
             "; ".join(parts)
@@ -235,7 +263,6 @@ def _verdict(before: dict[str, Any], row: dict[str, Any], key: str, more: bool) 
 
 
 def _spread(row: dict[str, Any], key: str, form: Any) -> str:
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if low == high:
-        return str(form(row[key]))
-    return f"{form(row[key])} ({form(low)} to {form(high)})"
+    ends = [str(form(row.get(f"{key}_{end}", row[key]))) for end in ("low", "high")]
+    spread = f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""
+    return f"{form(row[key])}{spread}"

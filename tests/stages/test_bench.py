@@ -10,7 +10,7 @@ from correcting import RUNTIME
 from tiny_checkpoint import save_tiny
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError, ConfigError, ResourceError
+from compresso.errors import CheckpointError, ConfigError, GateError, ResourceError
 from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtimes import engine as engines
@@ -18,7 +18,7 @@ from compresso.runtimes import memory, process
 from compresso.runtimes import transformers as own
 from compresso.runtimes.engine import Speed
 from compresso.settings import CalibrationSettings
-from compresso.stages.bench import Plan, bench, print_bench
+from compresso.stages.bench import Plan, _compared, bench, print_bench
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,7 @@ def test_what_cannot_be_measured_is_said(pair, timed, tmp_path, monkeypatch):
         str(file),
     ]
     assert "`compresso export` writes it" in found["not_measured"][0]
+    assert found["not_measured"][2].startswith(f"not measured: `{file}` in x, as it is not in")
     other.lacks = "package `z`: pip install z"
     plain.calls.clear()
     found = bench([str(pair[1]), str(file)], [], plan, RUNTIME)
@@ -121,6 +122,37 @@ def test_what_cannot_be_measured_is_said(pair, timed, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="there is nothing to measure") as caught:
         bench([str(file)], [], plan, RUNTIME)
     assert "this needs package `z`" in caught.value.hint
+
+
+def test_checkpoints_are_written_for_llama_cpp(pair, timed, tmp_path):
+    plain = Timed("x", {"original": [1], "pruned": [1]})
+    plain.accepts = lambda path: path.is_dir()
+    llama = Timed("llama.cpp", {"0.gguf": [4], "1.gguf": [8]}, ".gguf")
+    timed(plain, llama)
+    written = []
+
+    def convert(path):
+        if path == pair[0] and len(written) > 1:
+            raise GateError("it cannot be")
+        written.append(path)
+        (tmp_path / f"{len(written) - 1}.gguf").write_text("")
+        return tmp_path / f"{len(written) - 1}.gguf"
+
+    plan = Plan(rounds=1, prompt=4, new=4)
+    found = bench([str(pair[1])], [], plan, RUNTIME, convert=convert)
+    assert written == list(pair) and found["not_measured"] == []
+    assert [row["model"] for row in found["rows"] if row["runtime"] == "llama.cpp"] == [
+        f"{path} as GGUF" for path in pair
+    ]
+    assert f"against `{pair[0]} as GGUF`" in found["comparison"][1]
+    assert "decode 2.00 x: gain" in found["comparison"][1]
+    plain.calls.clear()
+    llama.calls.clear()
+    llama.decode["2.gguf"] = [1]
+    found = bench([str(pair[1])], [], plan, RUNTIME, convert=convert)
+    assert found["not_measured"] == [
+        f"not measured: `{pair[0]}` in llama.cpp, as it cannot be written as GGUF: it cannot be"
+    ]
 
 
 def test_a_model_that_does_not_fit(pair, monkeypatch):
@@ -161,3 +193,6 @@ def test_in_transformers(pair, monkeypatch):
     found = bench([str(pair[1])], ["transformers"], Plan(rounds=1, new=4), RUNTIME)
     assert [row["runtime"] for row in found["rows"]] == ["transformers"] * 2
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in found["rows"])
+    for row in found["rows"]:  # what the process had taken before, the model does not add to
+        row["memory"] = 0
+    assert "memory: too little to tell" in next(_compared(found["rows"], 1))
