@@ -15,45 +15,51 @@ from compresso.runtime import format_bytes, log
 PANEL = "Upload"
 
 
+Output = Annotated[Path, typer.Argument(metavar="MODEL", help="An output of a stage.")]
+Repository = Annotated[
+    str, typer.Argument(metavar="REPOSITORY", help="Where to: `owner/name` on the hub.")
+]
+Private = Annotated[
+    bool, typer.Option(help="Let nobody else see a repository that is made.", rich_help_panel=PANEL)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, made if there is none.", rich_help_panel=PANEL)
+]
+Message = Annotated[str, typer.Option("--message", help="Of the commit.", rich_help_panel=PANEL)]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The model on the hub that it was made from, for the card.",
+        show_default="what compresso downloaded, or the original's card names",
+        rich_help_panel="Card",
+    ),
+]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option(
+        help="Output of `compresso eval` on it, for the card.",
+        show_default="the newest beside it",
+        rich_help_panel="Card",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would go, and the card; upload nothing.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
 def push_command(
     *,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An output of a stage.")],
-    repository: Annotated[
-        str, typer.Argument(metavar="REPOSITORY", help="Where to: `owner/name` on the hub.")
-    ],
-    private: Annotated[
-        bool,
-        typer.Option(help="Whom a repository that is made for it is for.", rich_help_panel=PANEL),
-    ] = True,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, made if there is none.", rich_help_panel=PANEL),
-    ] = None,
-    message: Annotated[
-        str, typer.Option("--message", help="Of the commit.", rich_help_panel=PANEL)
-    ] = "Upload with compresso",
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            help="The model on the hub that it was made from, for the card.",
-            show_default="what compresso downloaded, or the original's card names",
-            rich_help_panel="Card",
-        ),
-    ] = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option(
-            help="Output of `compresso eval` on it, for the card.",
-            show_default="the newest beside it",
-            rich_help_panel="Card",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would go, and the card; upload nothing."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    model: Output,
+    repository: Repository,
+    private: Private = True,
+    revision: Revision = None,
+    message: Message = "Upload with compresso",
+    base: Base = None,
+    evaluation: Evaluation = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload MODEL to the Hugging Face Hub, with a model card. `hf auth login` comes before.
 
