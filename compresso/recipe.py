@@ -124,7 +124,7 @@ def make_step(stage: str, values: dict[str, Any], *, where: str) -> Step:
     _check_step_keys(stage, name, values, where)
     if stage == "quantize":
         values = restricted(name, values, where=where)
-    settings = build(method.settings, values, where=where)
+    settings: Any = build(method.settings, values, where=where)
     for gate in gates:
         if gate.metric.startswith(TASK) and not settings.tasks:
             raise ConfigError(f"{where}: `{gate.metric}` in `assert` needs `tasks`")

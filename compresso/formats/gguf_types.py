@@ -44,9 +44,6 @@ FILE_TYPES = {
 }
 GUESSED = 1024  # a file whose type is to be read off its tensors
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Those that weigh errors by the inputs: llama.cpp refuses most of them without, and the others
-# were made for it.
-WEIGHTED = tuple(name for name in FILE_TYPES if name.startswith("iq"))
 
 
 def tensor_type(file_type: str) -> str:

@@ -45,7 +45,7 @@ def runtimes_for(source: Checkpoint) -> dict[str, dict[str, Any]]:
 def known_runtimes(traits: Traits) -> dict[str, dict[str, Any]]:
     """Of every runtime: how it loads such a checkpoint, what it needs and more; plain values."""
     versions = table()["versions"]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for runtime in RUNTIMES:
         row = row_for(runtime, traits)
         if row is None:

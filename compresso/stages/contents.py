@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -39,12 +40,23 @@ def contents_of(path: Path) -> list[Stored]:
 
     Raises CheckpointError if a checkpoint is damaged.
     """
-    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+    if is_checkpoint(path):
         return _of_checkpoint(path)
     files = [path] if path.is_file() else sorted(path.glob(f"*{GGUF}"))
     if importlib.util.find_spec("gguf") is None:
         return []
     return [tensor for file in files if file.suffix == GGUF for tensor in _of_gguf(file)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a directory with weights in safetensors."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
+def shortened(names: Iterable[str]) -> list[str]:
+    """The names, `*` for a number in one, and how many names that stands for."""
+    counts = Counter(BLOCK.sub("*", name) for name in names)
+    return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
 
 
 def by_kind(tensors: Iterable[Stored]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from compresso.proving import prove_here, prove_in
 from compresso.report import rows_table, summary_table
 from compresso.runtime import Runtime, log
 from compresso.runtimes.engine import Engine, engines_for, ready_engine
-from compresso.stages.contents import by_kind, contents_of
+from compresso.stages.contents import by_kind, contents_of, is_checkpoint, shortened
 
 TRANSFORMERS = "transformers"
 
@@ -59,6 +59,9 @@ def print_verification(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(rows_table(found["tensors"], "tensors"))
     shown = {k: v for k, v in found.items() if k not in ("tensors", "runtimes", "packed", "kept")}
+    for key in ("only_here", "only_in_source"):
+        if key in shown:
+            shown[key] = shortened(shown[key])
     shown |= {"packed_tensors": len(found["packed"]), "kept_tensors": len(found["kept"])}
     console.print(summary_table(shown, "stored"))
     for entry in found["runtimes"]:
@@ -181,7 +184,7 @@ def _contents(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     if not before:
         return found | {"source": f"`{source}` is gone"}
     found |= {"source": str(source), "bytes_of_source": sum(one.nbytes for one in before)}
-    if not path.is_file():
+    if is_checkpoint(path):  # other formats have other names
         ours, theirs = ({one.name for one in side} for side in (stored, before))
         found |= {"only_here": sorted(ours - theirs), "only_in_source": sorted(theirs - ours)}
     return found

@@ -29,6 +29,7 @@ from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtimes import engine as engines
 from compresso.settings import CalibrationSettings
+from compresso.stages.contents import shortened
 from compresso.stages.verify import check_verification, print_verification, verify
 
 
@@ -154,6 +155,11 @@ def test_what_nobody_can_say_anything_of(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is nothing that a runtime here loads"):
         verify(str(tmp_path / "empty"), [], RUNTIME)
+
+
+def test_names_are_shown_shortly():
+    names = ["model.layers.1.a.weight", "model.layers.12.a.weight", "model.norm.weight"]
+    assert shortened(names) == ["model.layers.*.a.weight (2)", "model.norm.weight"]
 
 
 def test_it_is_shown(quantized, capsys, monkeypatch):
