@@ -163,7 +163,7 @@ class AutoRoundExportSettings(CodesSettings):
 class BitsAndBytesSettings(ExportSettings):
     """4-bit floats or 8-bit integers as bitsandbytes has them; for transformers with it."""
 
-    type: Annotated[
+    kind: Annotated[
         Literal["nf4", "fp4", "int8"],
         limit(description="4-bit floats of normal quantiles or with an exponent, or integers."),
     ] = "nf4"

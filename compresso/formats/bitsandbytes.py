@@ -50,7 +50,7 @@ def write(export: Export) -> Written:
         kept.add(adapter.family.head)
     config = dense_config(model)
     config[ENTRY] = quantization_config(
-        settings.type, double=settings.double, dtype=model.dtype, ignore=kept
+        settings.kind, double=settings.double, dtype=model.dtype, ignore=kept
     )
     return Written(
         config=config,
@@ -76,16 +76,16 @@ class Rounding:
         how, settings = self._how(matrix), self.settings
         if how is None:
             return
-        if settings.type != "int8" and matrix.columns % settings.group_size:
+        if settings.kind != "int8" and matrix.columns % settings.group_size:
             raise ConfigError(
                 f"`{matrix.path}` has {matrix.columns} columns, which blocks of"
                 f" {settings.group_size} do not divide: bitsandbytes decodes such a matrix wrongly",
-                hint="choose a `--group-size` that divides, or `--type int8`",
+                hint="choose a `--group-size` that divides, or `--kind int8`",
             )
         again = matrix.path in self.model.packing.shapes and how == "rounded"
         if again and not settings.requantize:
             raise ConfigError(
-                f"`{matrix.path}` has codes of another kind, which `{settings.type}` cannot hold"
+                f"`{matrix.path}` has codes of another kind, which `{settings.kind}` cannot hold"
                 " exactly",
                 hint="export the original, or a format that holds them (`compressed-tensors`,"
                 " `gptq`, `auto-round`, `dense`); `--requantize` rounds a second time",
@@ -103,7 +103,7 @@ class Rounding:
             return Stored(pack(matrix.path, self._rows(matrix)), self._words(), how)
         turned = self.adapter.family.transposed
         dense = weight(self.model, matrix, transposed=turned).float()
-        if settings.type == "int8":
+        if settings.kind == "int8":
             found = pack(matrix.path, quantize_rows(dense, scale_dtype=self.model.dtype))
         else:
             codes = quantize(
@@ -111,7 +111,7 @@ class Rounding:
                 group_size=settings.group_size,
                 scale_dtype=self.model.dtype,
                 scale_bits=8 if settings.double else None,
-                kind=settings.type,
+                kind=settings.kind,
             )
             found = pack(matrix.path, codes)
         return Stored(found, self._words(), "rounded")
@@ -125,16 +125,16 @@ class Rounding:
             return "copied"
         if matrix.part != "linear":
             return None
-        if self.settings.type == "int8" and self._by_row(matrix):
+        if self.settings.kind == "int8" and self._by_row(matrix):
             return "repacked"
         return "rounded"
 
     def _same(self, matrix: Matrix) -> bool:
         """Whether it is stored in just the form that is asked for."""
         kind, settings = self.model.packing.kind(matrix.path), self.settings
-        if settings.type == "int8":
+        if settings.kind == "int8":
             return kind["kind"] == "int8"
-        asked = {"kind": settings.type, "block": settings.group_size, "double": settings.double}
+        asked = {"kind": settings.kind, "block": settings.group_size, "double": settings.double}
         return kind == asked
 
     def _by_row(self, matrix: Matrix) -> bool:
@@ -158,6 +158,6 @@ class Rounding:
 
     def _words(self) -> str:
         settings = self.settings
-        if settings.type == "int8":
+        if settings.kind == "int8":
             return "int8 by row"
-        return f"{settings.type} b{settings.group_size}{' double' if settings.double else ''}"
+        return f"{settings.kind} b{settings.group_size}{' double' if settings.double else ''}"

@@ -219,16 +219,16 @@ def test_restructured_models_are_those_of_the_stock_class(tmp_path):
         assert close(said(found), said(source), 0.02)
 
 
-NF4 = {"type": "nf4", "group_size": 64}
+NF4 = {"kind": "nf4", "group_size": 64}
 
 
 @pytest.mark.parametrize(
     ("settings", "same_as"),
     [
-        ({"type": "nf4"}, {"method": "nf4"}),
-        ({"type": "nf4", "double": True}, {"method": "nf4", "scale_bits": 8}),
-        ({"type": "int8"}, {"method": "int8"}),
-        ({"type": "fp4"}, None),
+        ({"kind": "nf4"}, {"method": "nf4"}),
+        ({"kind": "nf4", "double": True}, {"method": "nf4", "scale_bits": 8}),
+        ({"kind": "int8"}, {"method": "int8"}),
+        ({"kind": "fp4"}, None),
     ],
 )
 def test_bitsandbytes(settings, same_as, tmp_path):
@@ -251,13 +251,13 @@ def test_bitsandbytes(settings, same_as, tmp_path):
 
 def test_rows_of_8_bits_are_int8(sources, tmp_path):
     source = sources("rows", **ALIKE | {"bits": 8, "group_size": -1})
-    outcome = run_export(source, tmp_path / "out", "bitsandbytes", type="int8")
+    outcome = run_export(source, tmp_path / "out", "bitsandbytes", kind="int8")
     assert "repacked" in {row["stored"] for row in outcome.report.rows}
     _, weights = reread(tmp_path / "out")
     for name, weight in source.load_weights(weights).items():
         assert torch.allclose(weights[name].float(), weight.float(), rtol=2**-7, atol=0)
     with pytest.raises(ConfigError, match="codes of another kind") as caught:
-        run_export(source, tmp_path / "no", "bitsandbytes", type="nf4")
+        run_export(source, tmp_path / "no", "bitsandbytes", kind="nf4")
     assert "--requantize" in caught.value.hint and "dense" in caught.value.hint
     again = run_export(source, tmp_path / "again", "bitsandbytes", **NF4, requantize=True)
     assert "rounded" in {row["stored"] for row in again.report.rows}
@@ -266,7 +266,7 @@ def test_rows_of_8_bits_are_int8(sources, tmp_path):
 def test_blocks_that_bitsandbytes_decodes_wrongly(tmp_path):
     source = stock("llama", tmp_path / "x")
     with pytest.raises(ConfigError, match="blocks of 256 do not divide"):
-        run_export(source, tmp_path / "out", "bitsandbytes", type="nf4", group_size=256)
+        run_export(source, tmp_path / "out", "bitsandbytes", kind="nf4", group_size=256)
 
 
 def test_linears_that_are_turned_in_bitsandbytes(tmp_path):
