@@ -98,12 +98,11 @@ def push(upload: Upload, *, private: bool, revision: str | None, message: str) -
     )
 
     api: HfApi = HfApi(library_name="compresso")
+    contents: dict[str, str | bytes] = {name: str(file) for name, file in upload.files.items()}
+    contents |= upload.changed
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
-        for name, content in {
-            **{n: str(f) for n, f in upload.files.items()},
-            **upload.changed,
-        }.items()
+        for name, content in contents.items()
     ]
     try:
         made = api.create_repo(upload.repository, private=private, exist_ok=True)
