@@ -252,7 +252,7 @@ def test_a_config_that_makes_no_sense_is_the_checkpoints_fault(models, tmp_path)
     config = {**source.config, "num_attention_heads": 5}
     (source.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"has an invalid config\.json: .*attention"):
-        opened(source)
+        opened(Checkpoint(source.path))
 
 
 @pytest.mark.parametrize(
