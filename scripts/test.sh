@@ -24,7 +24,7 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check python -m pytest
+check python -m pytest -n auto
 if [ "${1:-}" = --runtimes ]; then
     check python -m pytest -m runtimes
 fi
