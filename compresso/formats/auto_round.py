@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from compresso.checkpoint.gptq_layout import AUTO_ROUND, auto_round_config
 from compresso.errors import ConfigError
-from compresso.formats.parts import dense_config
+from compresso.formats.parts import dense_config, written
 from compresso.formats.uniform import TOLERANCE, plan
 from compresso.formats.writing import Export, Written
 from compresso.models.unfolded import ENTRY
@@ -39,12 +39,4 @@ def write(export: Export) -> Written:
     config[ENTRY] = auto_round_config(
         found.by_module(), blocks=found.adapter.family.blocks, kept=found.dense()
     )
-    return Written(
-        config=config,
-        expected=parts.expected,
-        carried=found.adapter.unmapped_tensors(),
-        rows=parts.rows,
-        packages=PACKAGES,
-        tolerance=TOLERANCE,
-        reread=any(row["stored"] in ("rounded", "rescaled") for row in parts.rows),
-    )
+    return written(parts, found.adapter, config, packages=PACKAGES, tolerance=TOLERANCE)

@@ -24,6 +24,7 @@ from compresso.formats.parts import (
     dense_config,
     refuse_inexact_merge,
     write_parts,
+    written,
 )
 from compresso.formats.writing import Export, Written
 from compresso.kernels.grid import Packed
@@ -52,14 +53,12 @@ def write(export: Export) -> Written:
     config[ENTRY] = quantization_config(
         settings.kind, double=settings.double, dtype=model.dtype, ignore=kept
     )
-    return Written(
-        config=config,
-        expected=parts.expected,
-        carried=adapter.unmapped_tensors(),
-        rows=parts.rows,
+    return written(
+        parts,
+        adapter,
+        config,
         packages=PACKAGES,
-        reread=any(row["stored"] in ("rounded", "rescaled") for row in parts.rows),
-        adapter=corrections(export, model, adapter),
+        corrected=corrections(export, model, adapter),
     )
 
 

@@ -14,29 +14,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
 from typing import Any, Self
-
-from torch import Tensor
 
 from compresso.checkpoint import layout
 from compresso.checkpoint.layout import METHOD, Scheme
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.export_settings import CompressedTensorsSettings
-from compresso.formats.matrices import Matrix, codes, matrices, scheme_of, weight
+from compresso.formats.matrices import Matrix, matrices, scheme_of
 from compresso.formats.parts import (
-    How,
     Parts,
     Stored,
     corrections,
     dense_config,
     refuse_inexact_merge,
     write_parts,
+    written,
+)
+from compresso.formats.recoding import (
+    in_form,
+    in_one_form,
+    own_codes,
+    refuse_none,
+    refuse_transposed,
+    rounded_as,
+    words,
 )
 from compresso.formats.writing import Export, Written
-from compresso.kernels.grid import Packed, quantize
-from compresso.kernels.recast import exact_in, recast
 from compresso.models.adapter import ModelAdapter
 from compresso.models.unfolded import ENTRY
 
@@ -65,12 +69,7 @@ class Coding:
 
         Raises ConfigError if there are none, or what is asked for does not load.
         """
-        if adapter.family.transposed:
-            raise ConfigError(
-                f"the linears of `{adapter.config.model_type}` are stored transposed, which"
-                f" `{METHOD}` cannot express",
-                hint="pass `--format dense`",
-            )
+        refuse_transposed(adapter, METHOD)
         found = matrices(model, adapter)
         refuse_inexact_merge(model, found)
         wanted = _wanted(model, adapter, found, settings)
@@ -86,24 +85,12 @@ class Coding:
         scheme = self.schemes.get(matrix.path)
         if scheme is None:
             return None
-        how: How = "rounded"
-        if scheme_of(self.model, matrix.path) is not None:
-            own = codes(self.model, matrix.path)
-            assert own is not None
-            how = "repacked" if exact_in(own, self.model.dtype) else "rescaled"
-        else:
-            turned = self.adapter.family.transposed
-            own = _rounded(weight(self.model, matrix, transposed=turned), self.model, scheme)
-        packed = recast(
-            own,
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            dtype=self.model.dtype,
-        )
-        symmetric = scheme.symmetric
-        tensors = layout.pack(matrix.path, packed, self.model.dtype, symmetric=symmetric)
-        return Stored(tensors, _words(scheme), how)
+        dtype = self.model.dtype
+        turned = self.adapter.family.transposed
+        own, how = own_codes(self.model, matrix, scheme, dtype=dtype, transposed=turned)
+        packed = in_form(own, scheme, dtype=dtype)
+        tensors = layout.pack(matrix.path, packed, dtype, symmetric=scheme.symmetric)
+        return Stored(tensors, words(scheme), how)
 
     def entry(self) -> dict[str, Any]:
         """The `quantization_config` of the config.json."""
@@ -131,15 +118,7 @@ def write(export: Export) -> Written:
     factors = corrections(export, model, adapter)
     config = dense_config(model) | {ENTRY: coding.entry()}
     describe(export, coding, parts, corrected=bool(factors))
-    return Written(
-        config=config,
-        expected=parts.expected,
-        carried=adapter.unmapped_tensors(),
-        rows=parts.rows,
-        packages=PACKAGES,
-        reread=any(row["stored"] in ("rounded", "rescaled") for row in parts.rows),
-        adapter=factors,
-    )
+    return written(parts, adapter, config, packages=PACKAGES, corrected=factors)
 
 
 def describe(export: Export, coding: Coding, parts: Parts, *, corrected: bool) -> None:
@@ -180,22 +159,12 @@ def _wanted(
         )
     wanted: dict[str, Scheme] = {}
     for matrix in found:
-        scheme, bits = scheme_of(model, matrix.path), asked[matrix.part]
-        if scheme is None and bits is not None:
-            scheme = Scheme(bits, settings.group_size, settings.symmetric)
-            if settings.group_size != -1 and matrix.columns % settings.group_size:
-                raise ConfigError(
-                    f"`{matrix.path}` has {matrix.columns} columns, which do not divide into"
-                    f" groups of {settings.group_size}",
-                    hint="choose a `--group-size` that divides, or -1 for whole rows",
-                )
+        scheme = scheme_of(model, matrix.path)
+        if scheme is None:
+            scheme = rounded_as(matrix, asked[matrix.part], settings)
         if scheme is not None:
             wanted[matrix.path] = scheme
-    if not wanted:
-        raise ConfigError(
-            f"no linear of `{model.path}` has codes that `{METHOD}` can hold",
-            hint="`--bits 4` rounds its weights to nearest levels; `quantize` does it better",
-        )
+    refuse_none(wanted, model, METHOD)
     return wanted
 
 
@@ -209,18 +178,7 @@ def _resolve(
     forms = {*wanted.values()}
     alike = len({(scheme.bits, scheme.group_size) for scheme in forms}) == 1
     if alike or uniform:
-        columns = {matrix.path: matrix.columns for matrix in found}
-        groups = {
-            columns[path] if scheme.group_size == -1 else scheme.group_size
-            for path, scheme in wanted.items()
-        }
-        rows = all(scheme.group_size == -1 for scheme in forms)
-        one = Scheme(
-            max(scheme.bits for scheme in forms),
-            -1 if rows else gcd(*groups),
-            all(scheme.symmetric for scheme in forms),
-        )
-        return dict.fromkeys(wanted, one)
+        return in_one_form(wanted, found)
     several = f"the codes come in {len(forms)} forms"
     if not all(scheme.symmetric for scheme in forms):
         raise ConfigError(
@@ -233,20 +191,3 @@ def _resolve(
             hint="`--uniform` stores all in the widest; or leave out `--embedding-bits`",
         )
     return dict(wanted)
-
-
-def _rounded(dense: Tensor, model: Checkpoint, scheme: Scheme) -> Packed:
-    return quantize(
-        dense.float(),
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        symmetric=scheme.symmetric,
-        grid="mse",
-        scale_dtype=model.dtype,
-    )
-
-
-def _words(scheme: Scheme) -> str:
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
-    group = "row" if scheme.group_size == -1 else str(scheme.group_size)
-    return f"int{scheme.bits} {kind} g{group}"

@@ -13,7 +13,7 @@ What is written, and why:
 from __future__ import annotations
 
 from compresso.checkpoint.gptq_layout import GPTQ, gptq_config
-from compresso.formats.parts import corrections, dense_config
+from compresso.formats.parts import corrections, dense_config, written
 from compresso.formats.uniform import TOLERANCE, plan
 from compresso.formats.writing import Export, Written
 from compresso.models.unfolded import ENTRY
@@ -30,13 +30,11 @@ def write(export: Export) -> Written:
     only = list(found.by_module()) if found.dense() else None
     config = dense_config(found.model)
     config[ENTRY] = gptq_config(scheme, only=only)
-    return Written(
-        config=config,
-        expected=parts.expected,
-        carried=found.adapter.unmapped_tensors(),
-        rows=parts.rows,
+    return written(
+        parts,
+        found.adapter,
+        config,
         packages=PACKAGES,
         tolerance=TOLERANCE,
-        reread=any(row["stored"] in ("rounded", "rescaled") for row in parts.rows),
-        adapter=corrections(export, found.model, found.adapter),
+        corrected=corrections(export, found.model, found.adapter),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.formats.matrices import Matrix, corrected, matrices
-from compresso.formats.writing import Export
+from compresso.formats.writing import Export, Written
 from compresso.kernels.lowrank import LowRank
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
@@ -170,6 +170,32 @@ def corrections(export: Export, model: Checkpoint, adapter: ModelAdapter) -> dic
     factors |= {path: factors[owner] for path, owner in owners.items() if owner in factors}
     modules = linear_modules(adapter.model, adapter.family, model)
     return {modules[path]: factor for path, factor in factors.items()}
+
+
+def written(
+    parts: Parts,
+    adapter: ModelAdapter,
+    config: dict[str, Any],
+    *,
+    packages: dict[str, str],
+    tolerance: float | None = None,
+    corrected: dict[str, LowRank] | None = None,
+) -> Written:
+    """What parts come to that compresso reads, too.
+
+    adapter:   of the model. config, packages and tolerance: as `Written` has them.
+    corrected: what `corrections` returned; None for nothing.
+    """
+    return Written(
+        config=config,
+        expected=parts.expected,
+        carried=adapter.unmapped_tensors(),
+        rows=parts.rows,
+        packages=packages,
+        tolerance=tolerance,
+        reread=any(row["stored"] in ("rounded", "rescaled") for row in parts.rows),
+        adapter=corrected or {},
+    )
 
 
 def dense_config(model: Checkpoint, *, structure: Structure | None = None) -> dict[str, Any]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import gcd
 
 import torch
-from torch import Tensor
 
 from compresso.checkpoint import gptq_layout
 from compresso.checkpoint.gptq_layout import WORD
@@ -16,11 +14,18 @@ from compresso.checkpoint.layout import Scheme
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.export_settings import CodesSettings
-from compresso.formats.matrices import Matrix, codes, matrices, scheme_of, weight
-from compresso.formats.parts import How, Parts, Stored, refuse_inexact_merge, write_parts
+from compresso.formats.matrices import Matrix, matrices, scheme_of
+from compresso.formats.parts import Parts, Stored, refuse_inexact_merge, write_parts
+from compresso.formats.recoding import (
+    in_form,
+    in_one_form,
+    own_codes,
+    refuse_none,
+    refuse_transposed,
+    rounded_as,
+    words,
+)
 from compresso.formats.writing import Export
-from compresso.kernels.grid import Packed, quantize
-from compresso.kernels.recast import exact_in, recast
 from compresso.models.adapter import ModelAdapter
 
 # Share of the largest logit. The kernels multiply in bfloat16 or float16, and round weights to it.
@@ -68,21 +73,9 @@ class Uniform:
         scheme = self.schemes.get(matrix.path)
         if scheme is None:
             return None
-        if scheme_of(self.model, matrix.path) is None:
-            turned = self.adapter.family.transposed
-            own = rounded(weight(self.model, matrix, transposed=turned), scheme)
-            how: How = "rounded"
-        else:
-            found = codes(self.model, matrix.path)
-            assert found is not None
-            own, how = found, "repacked" if exact_in(found, HALF) else "rescaled"
-        packed = recast(
-            own,
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            dtype=HALF,
-        )
+        turned = self.adapter.family.transposed
+        own, how = own_codes(self.model, matrix, scheme, dtype=HALF, transposed=turned)
+        packed = in_form(own, scheme, dtype=HALF)
         scale = own.grid.scale.abs()
         if how == "rescaled" and (scale.min() < LEAST or scale.max() > MOST):
             raise ConfigError(
@@ -107,12 +100,7 @@ def plan(
     settings: CodesSettings = export.settings
     model = export.stock if settings.structure == "stock" else export.own
     adapter = export.open(model)
-    if adapter.family.transposed:
-        raise ConfigError(
-            f"the linears of `{adapter.config.model_type}` are stored transposed, which `{name}`"
-            " cannot express",
-            hint="pass `--format dense`",
-        )
+    refuse_transposed(adapter, name)
     found = matrices(model, adapter)
     refuse_inexact_merge(model, found)
     wanted: dict[str, Scheme] = {}
@@ -121,53 +109,18 @@ def plan(
             continue
         if matrix.rows % WORD or matrix.columns % WORD:
             continue
-        scheme = scheme_of(model, matrix.path) or _asked(matrix, settings)
+        bits = settings.bits if matrix.part == "linear" else getattr(settings, "lm_head_bits", None)
+        scheme = scheme_of(model, matrix.path) or rounded_as(matrix, bits, settings)
         if scheme is not None:
             wanted[matrix.path] = scheme
-    if not wanted:
-        raise ConfigError(
-            f"no linear of `{model.path}` has codes that `{name}` can hold",
-            hint="`--bits 4` rounds its weights to nearest levels; `quantize` does it better",
-        )
+    refuse_none(wanted, model, name)
     if groups is not None:
         wanted = {path: _regrouped(path, own, name, groups) for path, own in wanted.items()}
     if one:
-        columns = {matrix.path: matrix.columns for matrix in found}
-        wanted = _one_form(wanted, columns, name, widen=bool(getattr(settings, "uniform", False)))
+        if not getattr(settings, "uniform", False):
+            _refuse_widths(wanted, name)
+        wanted = in_one_form(wanted, found)
     return Uniform(name, model, adapter, found, wanted)
-
-
-def rounded(dense: Tensor, scheme: Scheme) -> Packed:
-    """A dense weight, (rows, columns), as its nearest levels, with scales that float16 holds."""
-    return quantize(
-        dense.float(),
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        symmetric=scheme.symmetric,
-        grid="mse",
-        scale_dtype=HALF,
-    )
-
-
-def words(scheme: Scheme) -> str:
-    """A scheme as tables name it."""
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
-    group = "row" if scheme.group_size == -1 else str(scheme.group_size)
-    return f"int{scheme.bits} {kind} g{group}"
-
-
-def _asked(matrix: Matrix, settings: CodesSettings) -> Scheme | None:
-    """How a matrix is to be rounded that has no codes; None if it is to stay dense."""
-    bits = settings.bits if matrix.part == "linear" else getattr(settings, "lm_head_bits", None)
-    if bits is None:
-        return None
-    if settings.group_size != -1 and matrix.columns % settings.group_size:
-        raise ConfigError(
-            f"`{matrix.path}` has {matrix.columns} columns, which do not divide into groups of"
-            f" {settings.group_size}",
-            hint="choose a `--group-size` that divides, or -1 for whole rows",
-        )
-    return Scheme(bits, settings.group_size, settings.symmetric)
 
 
 def _regrouped(path: str, scheme: Scheme, name: str, groups: Iterable[int]) -> Scheme:
@@ -184,29 +137,15 @@ def _regrouped(path: str, scheme: Scheme, name: str, groups: Iterable[int]) -> S
     return Scheme(scheme.bits, max(fitting), scheme.symmetric)
 
 
-def _one_form(
-    wanted: Mapping[str, Scheme], columns: Mapping[str, int], name: str, *, widen: bool
-) -> dict[str, Scheme]:
-    """The one scheme that holds them all, for each.
-
-    widen: also where some codes become wider for it. Raises ConfigError if that is not allowed.
-    """
-    forms = {*wanted.values()}
-    if len({scheme.bits for scheme in forms}) > 1 and not widen:
+def _refuse_widths(wanted: Mapping[str, Scheme], name: str) -> None:
+    """Raises ConfigError if some codes would have to become wider for one form."""
+    widths = {scheme.bits for scheme in wanted.values()}
+    if len(widths) > 1:
         raise ConfigError(
-            f"the codes have {_listed({scheme.bits for scheme in forms})} bits, but `{name}` loads"
-            " with one width for all",
+            f"the codes have {_listed(widths)} bits, but `{name}` loads with one width for all",
             hint="pass `--format auto-round`, which holds them as they are; or `--uniform`, which"
             " stores all in the widest",
         )
-    rows = all(scheme.group_size == -1 for scheme in forms)
-    sizes = {columns[p] if s.group_size == -1 else s.group_size for p, s in wanted.items()}
-    one = Scheme(
-        max(scheme.bits for scheme in forms),
-        -1 if rows else gcd(*sizes),
-        all(scheme.symmetric for scheme in forms),
-    )
-    return dict.fromkeys(wanted, one)
 
 
 def _listed(values: Iterable[int]) -> str:
