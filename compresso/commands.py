@@ -115,22 +115,35 @@ def stage_command(stage: str) -> Callable[..., None]:
         save_recipe: SaveRecipe = None,
         **options: Any,
     ) -> None:
-        if model is not None and model_option is not None:
-            raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
-        request = make_request(stage, model or model_option, output, options)
-        if save_recipe is not None:
-            save_as_recipe([request], save_recipe)
-            typer.echo(save_recipe)
-        else:
-            outcome = run_request(request, fresh=fresh)
-            if launched().index:  # one process speaks for all
-                return
-            if as_json:
-                print_json([outcome])
-            else:
-                typer.echo(outcome.path)
+        request = make_request(stage, one_model(model, model_option), output, options)
+        carry_out([request], fresh=fresh, as_json=as_json, save_recipe=save_recipe)
 
     return with_options(command, stage_parameters(stage))
+
+
+def one_model(model: str | None, option: str | None) -> str | None:
+    """What is named, by argument or by `--model`. Raises ConfigError if both name one."""
+    if model is not None and option is not None:
+        raise ConfigError(f"two models are given: `{model}` and `{option}`")
+    return model or option
+
+
+def carry_out(
+    requests: list[Request], *, fresh: bool, as_json: bool, save_recipe: Path | None
+) -> None:
+    """Run requests, or write them as a recipe; say on stdout where the results are."""
+    if save_recipe is not None:
+        save_as_recipe(requests, save_recipe)
+        typer.echo(save_recipe)
+        return
+    outcomes = [run_request(request, fresh=fresh) for request in requests]
+    if launched().index:  # one process speaks for all
+        return
+    if as_json:
+        print_json(outcomes)
+        return
+    for outcome in outcomes:
+        typer.echo(outcome.path)
 
 
 def make_request(

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +19,10 @@ from compresso.commands import (
     Output,
     Request,
     SaveRecipe,
+    carry_out,
     choose_model,
     make_request,
-    print_json,
-    run_request,
-    save_as_recipe,
+    one_model,
 )
 from compresso.config import fields
 from compresso.errors import ConfigError
@@ -31,9 +30,6 @@ from compresso.listing import TOPICS
 from compresso.options import flag, stage_parameters, with_options
 from compresso.report import show_rows
 from compresso.settings import CalibrationSettings, RuntimeSettings
-
-if TYPE_CHECKING:
-    from compresso.run import Outcome
 
 STAGE = "export"
 ListFormats = Annotated[
@@ -63,19 +59,8 @@ def export_command() -> Callable[..., None]:
         if list_formats:
             show_formats(as_json=as_json)
             return
-        if model is not None and model_option is not None:
-            raise ConfigError(f"two models are given: `{model}` and `{model_option}`")
-        requests = export_requests(model or model_option, output, options)
-        if save_recipe is not None:
-            save_as_recipe(requests, save_recipe)
-            typer.echo(save_recipe)
-            return
-        outcomes: list[Outcome] = [run_request(request, fresh=fresh) for request in requests]
-        if as_json:
-            print_json(outcomes)
-        else:
-            for outcome in outcomes:
-                typer.echo(outcome.path)
+        requests = export_requests(one_model(model, model_option), output, options)
+        carry_out(requests, fresh=fresh, as_json=as_json, save_recipe=save_recipe)
 
     return with_options(command, stage_parameters(STAGE))
 
