@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tiny_models import TINY_MODELS, build
 from transformers import PreTrainedModel
 
+from compresso.__main__ import main
 from compresso.checkpoint.reader import Checkpoint
 
 
@@ -52,3 +55,28 @@ def checkpoints(
         return Checkpoint(saved[family])
 
     return checkpoint_of
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory, and a terminal wide enough not to wrap."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def command(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[object, str, str]]]:
+    """Run a command as `compresso` does: its exit code, stdout and stderr."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compresso", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)

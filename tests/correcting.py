@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,21 @@ def calm(family: str, **changes) -> PreTrainedModel:
             if parameter.ndim == 2:
                 parameter.mul_(0.5)
     return model
+
+
+def stock(family: str, path: Path, **changes) -> Checkpoint:
+    """The calm model of a family, saved."""
+    calm(family, **changes).save_pretrained(path)
+    return Checkpoint(path)
+
+
+def packed(family: str, **settings) -> Callable[[Path], Checkpoint]:
+    """What saves it in a directory, quantized."""
+
+    def make(path: Path) -> Checkpoint:
+        return run_quantize(stock(family, path / "source"), path / "packed", **settings)
+
+    return make
 
 
 def save_mixed(model: PreTrainedModel, path: Path) -> Checkpoint:

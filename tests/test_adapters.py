@@ -13,9 +13,11 @@ from correcting import (
     calm,
     corrections,
     logits_in_memory,
+    packed,
     put_beside,
     run_quantize,
     save_mixed,
+    stock,
     sums,
 )
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -36,19 +38,6 @@ from compresso.run import run_step
 from compresso.runtimes import transformers as engine
 from compresso.settings import CalibrationSettings
 from compresso.stages.inspect import inspect_checkpoint, print_inspection
-
-
-def stock(family, path, **changes):
-    calm(family, **changes).save_pretrained(path)
-    return Checkpoint(path)
-
-
-def packed(family, **settings):
-    def make(path):
-        return run_quantize(stock(family, path / "source"), path / "packed", **settings)
-
-    return make
-
 
 BASES = {
     "dense": lambda path: stock("llama", path / "dense"),

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from tiny_checkpoint import BLOCKS, save_tiny
 
 import compresso
 from compresso import commands, registry
-from compresso.__main__ import main
 from compresso.checkpoint.reader import Checkpoint
 from compresso.cli import make_app
 from compresso.config import describe, fields
@@ -49,29 +47,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog; " * 60)
     return str(path)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current directory, and a terminal wide enough not to wrap."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path
-
-
-@pytest.fixture
-def command(here, monkeypatch, capsys):
-    """Run a command as `compresso` does: its exit code, stdout and stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compresso", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def recipe_of(command, *arguments):

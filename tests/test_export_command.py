@@ -1,14 +1,12 @@
 """`compresso export` and its recipes: several formats, where they go, what goes on from them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_tiny
 
 from compresso import pipeline, registry
-from compresso.__main__ import main
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.export_settings import DecilmSettings, DenseSettings
@@ -23,21 +21,6 @@ FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty directory: its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compresso", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_several_formats_in_one_run(command, model):

@@ -42,7 +42,7 @@ ALLOWED = {
     "training": CALIBRATION | {"calibration"},
     "runtimes": RUNTIMES,
     "stages": STAGES | {"formats"},
-    "formats": STAGES | {"export_settings", "gguf_layouts"},
+    "formats": STAGES | {"export_settings"},
     "tasks": {"calibration"},
 }
 KERNEL_LIBRARIES = {
@@ -93,7 +93,6 @@ LIGHT = (
     "model_commands",
     "export_settings",
     "export_methods",
-    "gguf_layouts",
     "registry",
     "config",
     "workspace",

@@ -1,28 +1,12 @@
 """The commands that run a model, as a user types them: output, errors and exit codes."""
 
 import json
-import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny
 
-from compresso.__main__ import main
 from compresso.runtimes import transformers as own
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compresso", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from correcting import (
     calm,
     corrections,
     logits_in_memory,
+    packed,
     put_beside,
     run_quantize,
     save_mixed,
+    stock,
 )
 from exporting import close, loaded_logits, run_export
 from peft import PeftModel
@@ -31,18 +33,6 @@ from compresso.models.structure import MODELING_FILES
 from compresso.provenance import lineage
 
 EVERYTHING = STRUCTURES["everything"]
-
-
-def stock(family, path, **changes):
-    calm(family, **changes).save_pretrained(path)
-    return Checkpoint(path)
-
-
-def packed(family, **settings):
-    def make(path):
-        return run_quantize(stock(family, path / "source"), path / "packed", **settings)
-
-    return make
 
 
 SOURCES = {

@@ -1,5 +1,6 @@
 """Codes in GGUF's layouts decode, with the `gguf` package, to just what they stand for."""
 
+from dataclasses import dataclass
 from itertools import product
 
 import gguf
@@ -8,12 +9,57 @@ import pytest
 import torch
 
 from compresso.formats.gguf_blocks import repack
-from compresso.gguf_layouts import LAYOUTS, layout_for
 from compresso.kernels.grid import Grid, Packed, fit_grid, round_to_grid
 from compresso.kernels.hqq import AffineCodes
 from compresso.runtimes.table import table
 
 ROWS, COLUMNS = 5, 1024
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A GGUF type that holds codes of some kind unchanged.
+
+    type:      as llama.cpp calls it. block: weights that share its scale; groups must be multiples.
+    bits:      of file per weight.
+    codes:     bits of the codes that it holds. symmetric: with zeros in the middle; None for any.
+    """
+
+    type: str
+    block: int
+    bits: float
+    codes: int
+    symmetric: bool | None
+
+
+LAYOUTS = (
+    Layout("tq2_0", 256, 2.0625, 2, True),
+    Layout("q2_k", 256, 2.625, 2, False),
+    Layout("q4_0", 32, 4.5, 2, None),
+    Layout("q3_k", 256, 3.4375, 3, True),
+    Layout("q4_0", 32, 4.5, 3, None),
+    Layout("q4_0", 32, 4.5, 4, True),
+    Layout("q4_k", 256, 4.5, 4, False),
+    Layout("q5_0", 32, 5.5, 4, False),
+    Layout("q8_0", 32, 8.5, 8, True),
+)
+"""The smallest first among those for the same codes."""
+
+
+def layout_for(*, bits: int, group_size: int, symmetric: bool, columns: int) -> Layout | None:
+    """The smallest type that holds such codes unchanged; None if there is none.
+
+    group_size: columns sharing a scale; -1 for the row. columns: of the linear.
+
+    Scales must be exact in float16, as those of float16 models are, and of bfloat16 models that
+    are not very near zero.
+    """
+    size = columns if group_size == -1 else group_size
+    for layout in LAYOUTS:
+        fits = layout.codes == bits and layout.symmetric in (None, symmetric)
+        if fits and size % layout.block == 0 and columns % size == 0:
+            return layout
+    return None
 
 
 def packed(bits, group_size, symmetric, *, dtype=torch.float16, columns=COLUMNS):

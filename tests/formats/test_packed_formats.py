@@ -3,7 +3,7 @@
 import pytest
 import torch
 from coding import save_coded, uniform, vector
-from correcting import PROBE, calm, corrections, put_beside, run_quantize, save_mixed
+from correcting import PROBE, calm, corrections, put_beside, run_quantize, save_mixed, stock
 from exporting import close, loaded_logits, run_export
 from restructured import save
 
@@ -14,11 +14,6 @@ from compresso.models.structure import Structure
 
 STRUCTURES_OF_TWO = Structure(no_attention=(1,))
 ALIKE = {"method": "rtn", "bits": 4, "group_size": 32}
-
-
-def stock(family, path, **changes):
-    calm(family, **changes).save_pretrained(path)
-    return Checkpoint(path)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from compensating import TOKENS, logits, lost, prepare, quantized, rows, run, saved, weights
 from restructured import STRUCTURES, save
+from stopping import stopped_after
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 from walking import difference
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError, NumericalError
 from compresso.families import family_of
 from compresso.kernels.gptq import relative_error
@@ -247,18 +247,12 @@ def test_a_stopped_run_ends_in_the_same_bytes(home, model, tmp_path, kind, value
     else:
         source = quantized(home, model, tmp_path / "base", bits=2, pack=kind == "packed")
     whole = run(home, source, tmp_path / "whole", "compensate", "eora", **values)
-    commit = CheckpointWriter.commit
 
-    def stopped(self, part, tensors, report, **beside):
-        commit(self, part, tensors, report, **beside)
-        if part == 1:
-            raise RuntimeError("stopped")
+    def again():
+        return run(home, source, tmp_path / "out", "compensate", "eora", **values)
 
-    monkeypatch.setattr(CheckpointWriter, "commit", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(home, source, tmp_path / "out", "compensate", "eora", **values)
-    monkeypatch.undo()
-    resumed = run(home, source, tmp_path / "out", "compensate", "eora", **values)
+    stopped_after(1, monkeypatch, again)
+    resumed = again()
     for part in [*whole.path.glob("*.safetensors"), *whole.path.glob("adapter/*.safetensors")]:
         assert part.read_bytes() == (resumed.path / part.relative_to(whole.path)).read_bytes()
     assert rows(whole) == rows(resumed)

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from compensating import lost, prepare, quantized, rows, run, saved, weights
+from stopping import stopped_after
 
 from compresso.calibration.fisher import measure_fisher
 from compresso.checkpoint.reader import Checkpoint
@@ -116,18 +117,12 @@ def test_it_is_what_compensating_the_rounded_model_comes_to(home, model, tmp_pat
 def test_a_stopped_run_ends_in_the_same_bytes(home, model, tmp_path, name, monkeypatch):
     options = {"rank": 4, "group_size": 32, **WAYS[name]}
     whole = run(home, model, tmp_path / "whole", "quantize", "lq-lora", **options)
-    commit = CheckpointWriter.commit
 
-    def stopped(self, part, tensors, report, **beside):
-        commit(self, part, tensors, report, **beside)
-        if part == 0:
-            raise RuntimeError("stopped")
+    def again():
+        return run(home, model, tmp_path / "out", "quantize", "lq-lora", **options)
 
-    monkeypatch.setattr(CheckpointWriter, "commit", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(home, model, tmp_path / "out", "quantize", "lq-lora", **options)
-    monkeypatch.undo()
-    resumed = run(home, model, tmp_path / "out", "quantize", "lq-lora", **options)
+    stopped_after(0, monkeypatch, again)
+    resumed = again()
     for part in [*whole.path.glob("*.safetensors"), *whole.path.glob("adapter/*.safetensors")]:
         assert part.read_bytes() == (resumed.path / part.relative_to(whole.path)).read_bytes()
     prints = [read_record(one.path)["fingerprint"] for one in (whole, resumed)]

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from stopping import stopped_after
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
 from compresso.config import build
 from compresso.errors import ConfigError, NumericalError
 from compresso.recipe import make_step
@@ -126,18 +126,12 @@ def test_what_is_stored_is_what_transformers_loads(model, tmp_path, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_ends_in_the_same_bytes(model, tmp_path, name, monkeypatch):
     whole = run(model, tmp_path / "whole", name, **METHODS[name])
-    commit = CheckpointWriter.commit
 
-    def stopped(self, part, tensors, report, **beside):
-        commit(self, part, tensors, report, **beside)
-        if part == 0:
-            raise RuntimeError("stopped")
+    def again():
+        return run(model, tmp_path / "out", name, **METHODS[name])
 
-    monkeypatch.setattr(CheckpointWriter, "commit", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(model, tmp_path / "out", name, **METHODS[name])
-    monkeypatch.undo()
-    resumed = run(model, tmp_path / "out", name, **METHODS[name])
+    stopped_after(0, monkeypatch, again)
+    resumed = again()
     for part in whole.path.glob("model-*.safetensors"):
         assert part.read_bytes() == (resumed.path / part.name).read_bytes()
     assert whole.config == resumed.config

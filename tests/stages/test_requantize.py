@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from compensating import lost, prepare, quantized, rows, run, saved, weights
+from stopping import stopped_after
 
 from compresso.calibration.fisher import measure_fisher
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError, NumericalError
 from compresso.kernels import grid
 from compresso.kernels.decomposition import decompose
@@ -154,18 +154,12 @@ def test_what_was_left_dense_stays(home, model, tmp_path):
 def test_a_stopped_run_ends_in_the_same_bytes(home, model, tmp_path, name, monkeypatch):
     source = based(home, model, tmp_path / "base", name)
     whole = run(home, source, tmp_path / "whole", "compensate", "lq-lora", rank=4)
-    commit = CheckpointWriter.commit
 
-    def stopped(self, part, tensors, report, **beside):
-        commit(self, part, tensors, report, **beside)
-        if part == 0:
-            raise RuntimeError("stopped")
+    def again():
+        return run(home, source, tmp_path / "out", "compensate", "lq-lora", rank=4)
 
-    monkeypatch.setattr(CheckpointWriter, "commit", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(home, source, tmp_path / "out", "compensate", "lq-lora", rank=4)
-    monkeypatch.undo()
-    resumed = run(home, source, tmp_path / "out", "compensate", "lq-lora", rank=4)
+    stopped_after(0, monkeypatch, again)
+    resumed = again()
     for part in [*whole.path.glob("*.safetensors"), *whole.path.glob("adapter/*.safetensors")]:
         assert part.read_bytes() == (resumed.path / part.relative_to(whole.path)).read_bytes()
     logs = [read_record(one.path)["fingerprint"] for one in (whole, resumed)]

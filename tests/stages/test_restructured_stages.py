@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from restructured import STRUCTURES, reference, save, used_linears
+from stopping import stopped_after
 from tiny_checkpoint import save_tiny
 from tiny_models import BLOCKS, build, tokens
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,6 @@ from walking import difference, outputs
 from compresso import config
 from compresso.calibration.originals import Originals
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import family_of
 from compresso.models.structure import MODELING_FILE, Structure, structure_of
 from compresso.provenance import read_record
@@ -130,22 +130,14 @@ def test_the_original_model_is_followed(method, stopped, tmp_path, monkeypatch):
     """With its own linears, also where they are another block's or were finished earlier."""
     source = source_of("llama", EVERYTHING, tmp_path)
     values = {"bits": 3, "group_size": 32, **FOLLOWING[method]}
-    followed, make, commit = [], Originals.__init__, CheckpointWriter.commit
+    followed, make = [], Originals.__init__
 
     def made(self, *arguments):
         make(self, *arguments)
         followed.append(self)
 
-    def stop(self, part, tensors, report, **beside):
-        commit(self, part, tensors, report, **beside)
-        if part == stopped:
-            raise RuntimeError("stopped")
-
     if stopped is not None:
-        monkeypatch.setattr(CheckpointWriter, "commit", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(source, tmp_path / "out", **values)
-        monkeypatch.setattr(CheckpointWriter, "commit", commit)
+        stopped_after(stopped, monkeypatch, lambda: run(source, tmp_path / "out", **values))
     monkeypatch.setattr(Originals, "__init__", made)
     run(source, tmp_path / "out", **values)
     data = torch.from_numpy(np.load(tmp_path / "tokens.npy"))
