@@ -48,6 +48,7 @@ CORRECTIONS = {
     "lrec": "lrec",
 }
 RANKS = (16, 64)
+RANKS_OF = {"rilq": (4, 16, 64), "lrec": (16,)}
 HEALERS = ("lora", "last-k", "lisa", "full")
 DISTILL = {"": "none", " distilled": "logits"}
 
@@ -55,9 +56,10 @@ DISTILL = {"": "none", " distilled": "logits"}
 def ways(tokens: int) -> dict[str, tuple[str, list[str]]]:
     """Name in the table -> base, options. tokens: that healing is to train on."""
     found = {}
-    for base, (name, given), rank in product(QUANTIZED, CORRECTIONS.items(), RANKS):
-        options = f"compensate --method {given} --rank {rank}"
-        found[f"{base} + {name} r{rank}"] = base, options.split()
+    for base, (name, given) in product(QUANTIZED, CORRECTIONS.items()):
+        for rank in RANKS_OF.get(name, RANKS):
+            options = f"compensate --method {given} --rank {rank}"
+            found[f"{base} + {name} r{rank}"] = base, options.split()
     lossy = [base for base in BASES if base not in QUANTIZED]
     for base, method, (suffix, distill) in product(lossy, HEALERS, DISTILL.items()):
         options = f"heal --method {method} --distill {distill} --tokens {tokens}"
