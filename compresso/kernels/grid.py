@@ -130,8 +130,8 @@ def fit_grid(
         found = _span_extremes(part, bits, symmetric, store)
         if search == "mse":
             factors = None if importance is None else importance[weights].view(-1, 1, size)
-            trial = Trial(part, factors, bits, store, power)
-            found = search_grid(trial, found, symmetric)
+            trial = Trial(part, factors, bits, symmetric, store, power)
+            found = search_grid(trial, found)
         scale[groups, here], zero[groups, here] = found
 
     on_each(fit, _tiles(weight, size), weight.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 # Weights worked on at once: they stay in a cache, and with fewer, threads wait for the interpreter.
-CPU_TILE = 2**18
+CPU_TILE = 2**19
 GPU_TILE = 2**25
 
 
