@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from compresso.compensate_settings import DEFAULT_RANK, ByFisher, Rank, Turns
+from compresso.compensate_settings import DEFAULT_MATCH, DEFAULT_RANK, ByFisher, Rank, Turns
 from compresso.config import checked, limit, settings
 from compresso.target_settings import Amount, Target
 
@@ -128,8 +128,13 @@ class FeedbackSettings:
     damping: Damping = 0.01
     act_order: ActOrder = True
     refine: Refine = 3
-    match: Match = 0.5
+    match: Match = DEFAULT_MATCH
     match_share: MatchShare = 0.5
+
+    @property
+    def matched(self) -> float:
+        """How much of what blocks before lost is made up for."""
+        return self.match
 
 
 @settings
@@ -221,8 +226,30 @@ class AutoRoundSettings(UniformSettings):
         Literal["gptq", "rtn"],
         limit(description="What training starts from; as in the paper: rtn."),
     ] = "gptq"
+    match: Annotated[
+        float | None,
+        limit(
+            ge=0,
+            le=1,
+            description="Move weights first, as `gptq` does, where training starts from that;"
+            f" {DEFAULT_MATCH} if not given.",
+        ),
+    ] = None
     steps: Annotated[int, limit(ge=1, description="Steps of training for every block.")] = 200
     sequences: Annotated[int, limit(ge=1, description="Sequences per step.")] = 8
+
+    @checked
+    def _check_match(self) -> Self:
+        if self.match and self.start != "gptq":
+            raise ValueError(f"`match` needs `start` `gptq`, not `{self.start}`")
+        return self
+
+    @property
+    def matched(self) -> float:
+        """How much of what blocks before lost is made up for before training."""
+        if self.match is None:
+            return DEFAULT_MATCH if self.start == "gptq" else 0.0
+        return self.match
 
 
 @settings

@@ -55,7 +55,7 @@ class Work:
         self.plan = plan
         self.layout = layout
         self.tuned = step.method == "autoround"
-        self.match: float = getattr(step.settings, "match", 0.0)
+        self.match: float = getattr(step.settings, "matched", 0.0)
         # AutoRound trains what another method rounded.
         method = registry.method("quantize", self.settings.start if self.tuned else step.method)
         self._fisher = fisher or {}
@@ -69,7 +69,9 @@ class Work:
     @property
     def followed(self) -> float:
         """The share of the sequences that the original model is to be run on, from the first."""
-        return self.settings.match_share if self.match else float(self.tuned)
+        if self.tuned:
+            return 1.0
+        return self.settings.match_share if self.match else 0.0
 
     def quantize_block(self, block: LiveBlock, states: States, originals: Originals | None) -> Done:
         """Quantize the linears of a block, which then runs with the decoded ones.

@@ -28,6 +28,7 @@ METHODS = {
     "rsq": {"least": 0.1},
     "rsq matched": {"match": 1.0},
     "autoround": {"steps": 4},
+    "autoround not matched": {"steps": 4, "match": 0.0},
     "autoround from rtn": {"steps": 4, "start": "rtn", "symmetric": False},
     "higgs": {"bits": 2},
     "higgs p4": {"bits": 2, "dimension": 4, "block": 16},
@@ -180,6 +181,14 @@ def test_matched_weights_lose_less(model, tmp_path):
     assert not any("moved" in row for row in others)
 
 
+def test_training_starts_from_matched_weights(model, tmp_path):
+    plain, matched = (
+        run(model, tmp_path / str(match), "autoround", bits=2, steps=4, match=match, pack=False)
+        for match in (0.0, None)
+    )
+    assert squares(matched, model) < 0.9 * squares(plain, model)
+
+
 def test_a_gram_that_cannot_be_matched_is_named(model, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise NumericalError("gram of 64 columns is not positive definite")
@@ -263,6 +272,7 @@ def test_a_target_counts_the_scales_and_zeros_that_are_stored(model, tmp_path):
         ("nf4", {"group_size": 128}, "64 columns, which do not divide into groups of 128"),
         ("gptq", {"lm_head": True}, "shares its weights with the embedding"),
         ("autoround", {"size": "1MB"}, "method `autoround` has no `size`"),
+        ("autoround", {"start": "rtn", "match": 0.5}, "`match` needs `start` `gptq`, not `rtn`"),
         ("int8", {"scale_bits": 8}, "method `int8` has no `scale_bits`"),
         ("nf4", {"scale_bits": 16}, "`scale_bits`: input should be 8"),
         ("rtn", {"scale_bits": 4}, "`scale_bits`: input should be 8 or 16"),
