@@ -2,13 +2,14 @@
 
 Reads jobs from stdin, as JSON: a list of `path` and `out`. Writes for each, to `out`, logits of
 `TOKENS`, and prints a line of JSON with the load report, the class of a linear, and generated ids.
-It runs where compresso and its tests are not installed.
+An adapter beside a checkpoint is put on with PEFT. It runs where compresso is not installed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,10 @@ def answer(job):
     model, info = AutoModelForCausalLM.from_pretrained(
         job["path"], dtype="auto", output_loading_info=True
     )
+    if (adapter := Path(job["path"]) / "adapter").exists():
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, adapter)  # on the linears of this model
     logits = model.eval()(input_ids=tokens).logits.float()
     save_file({"logits": logits.contiguous()}, job["out"])
     new = model.generate(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from coding import save_coded, uniform
-from correcting import PROBE, calm, run_quantize
+from correcting import PROBE, calm, corrections, put_beside, run_quantize
 from exporting import close, run_export
 from restructured import save
 from safetensors.torch import load_file, save_file
@@ -132,6 +132,15 @@ def check(made, said):
 def test_gptq(tmp_path):
     made = export_all("gptq", GPTQ, tmp_path)
     check(made, answers("gptqmodel", {name: out for name, (_, out) in made.items()}, tmp_path))
+
+
+def test_an_adapter_goes_on_gptq(tmp_path, monkeypatch):
+    base = packed(tmp_path)
+    source = put_beside(base, tmp_path / "beside", corrections(base), monkeypatch)
+    run_export(source, tmp_path / "out", "gptq", verify=False)
+    said = answers("gptqmodel", {"adapter": tmp_path / "out"}, tmp_path)["adapter"]
+    assert close(said["logits"], ours(source.path), TOLERANCE)
+    assert not close(said["logits"], ours(base.path), TOLERANCE)
 
 
 def test_a_head_of_codes_is_lost(tmp_path):
