@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -207,9 +208,10 @@ class Checkpoint:
                 return recorded
             return hashlib.sha256(f"{recorded} with adapter {adapter}".encode()).hexdigest()
         digest = hashlib.sha256(adapter.encode() if adapter else b"")
-        for name in (CONFIG, *sorted({info.shard for info in self._infos.values()})):
-            with (self.path / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        names = (CONFIG, *sorted({info.shard for info in self._infos.values()}))
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            for one in pool.map(_digest, (self.path / name for name in names)):
+                digest.update(one)
         return digest.hexdigest()
 
     @cached_property
@@ -273,6 +275,12 @@ class Checkpoint:
     def _stored(self, name: str) -> list[str]:
         path = self._packed_path(name)
         return [name] if path is None else self.packing.names(path)
+
+
+def _digest(path: Path) -> bytes:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _finite(weight: Tensor) -> bool:
