@@ -59,13 +59,6 @@ class ExportSettings:
         bool,
         limit(description="Add the corrections of an adapter to the weights, if that is exact."),
     ] = False
-    verify: Annotated[
-        bool,
-        limit(
-            description="Load the result in the runtime it is for, and compare what it says with"
-            " MODEL."
-        ),
-    ] = True
 
 
 Bits = Literal[2, 3, 4, 8]

@@ -81,7 +81,8 @@ def _prove(
     written = report.written
     assert written is not None and report.fingerprint is not None
     report.summary["proved"] = "no"
-    if not step.settings.verify:
+    if not runtime.verify:
+        report.warnings.append(f"not proved, as asked: `compresso verify {writer.target}` does it")
         return None
     if reason := _unprovable(source, written, report, runtime):
         report.warnings.append(

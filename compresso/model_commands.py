@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -199,10 +200,12 @@ def _gguf_writer(folder: Path, runtime: Runtime) -> Callable[[Path], Path]:
     from compresso.checkpoint.reader import Checkpoint
     from compresso.run import run_step
 
+    unproved = replace(runtime, verify=False)
+
     def write(path: Path) -> Path:
-        step = make_step("export", {"format": "gguf", "verify": False}, where="compresso bench")
+        step = make_step("export", {"format": "gguf"}, where="compresso bench")
         target = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-        run_step(step, Checkpoint(path), CalibrationSettings(), target, runtime)
+        run_step(step, Checkpoint(path), CalibrationSettings(), target, unproved)
         return target
 
     return write

@@ -154,7 +154,9 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
         parameters.append(_keyword("limits", Limits))
     for field in calibration:
         parameters.append(_parameter({"": CalibrationSettings}, field, "", "Calibration"))
-    return parameters + runtime_parameters()
+    entry = registry.stage(stage)
+    writes = entry.leaves is not None or entry.exports
+    return parameters + [p for p in runtime_parameters() if writes or p.name != "verify"]
 
 
 def runtime_parameters() -> list[inspect.Parameter]:

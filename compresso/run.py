@@ -210,7 +210,10 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
 
 
 def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
-    """Add everything but the record, and prove the whole; what the record has to say of it."""
+    """Add everything but the record, and prove the whole; what the record has to say of it.
+
+    Not proved if the runtime is not to: the report warns of it, then and whenever it is reused.
+    """
     if report.config is None or report.fingerprint is None:
         raise AssertionError(f"stage `{work.step.stage}` leaves nothing to write or to prove")
     files = side_files(work.source, report.config)
@@ -219,8 +222,12 @@ def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, 
     dtype = work.runtime.compute_dtype(work.source.dtype)
     expected = replace(report.fingerprint, dtype=dtype)
     written = Checkpoint(writer.partial)
-    proof = prove_here(written, expected, work.runtime, carried=report.carried)
-    proved = {"fingerprint": expected.to_json(), "carried": report.carried, "proof": asdict(proof)}
+    proved: dict[str, Any] = {"fingerprint": expected.to_json(), "carried": report.carried}
+    if work.runtime.verify:
+        proof = prove_here(written, expected, work.runtime, carried=report.carried)
+        proved["proof"] = asdict(proof)
+    else:
+        report.warnings.append(f"not proved, as asked: `compresso verify {writer.target}` does it")
     return adapter | proved
 
 

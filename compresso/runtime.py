@@ -44,12 +44,14 @@ class Runtime:
 
     dtype:      floating type blocks are run in; None lets each checkpoint decide.
     max_memory: bytes of hidden states kept in RAM; more goes to disk.
+    verify:     whether results are proved before they are published.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     max_memory: int
     trust_remote_code: bool
+    verify: bool = True
 
     def compute_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The type to run a checkpoint of this dtype in.
@@ -123,6 +125,7 @@ def make_runtime(settings: RuntimeSettings) -> Runtime:
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         max_memory=parse_bytes(settings.max_memory),
         trust_remote_code=settings.trust_remote_code,
+        verify=settings.verify,
     )
 
 

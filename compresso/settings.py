@@ -71,6 +71,13 @@ class RuntimeSettings:
     trust_remote_code: Annotated[
         bool, limit(description="Run model code that comes with the checkpoint.")
     ] = False
+    verify: Annotated[
+        bool,
+        limit(
+            description="Load every result as its users do, before it is published, and compare"
+            " what it says with the model in memory."
+        ),
+    ] = True
 
 
 @settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from compresso.run import Outcome, run_step
 from compresso.settings import CalibrationSettings
 
 
-def run_export(source: Checkpoint, target: Path, form: str, **settings: Any) -> Outcome:
-    """The outcome of a step that wrote, and proved, `target`."""
+def run_export(
+    source: Checkpoint, target: Path, form: str, *, verify: bool = True, **settings: Any
+) -> Outcome:
+    """The outcome of a step that wrote `target`, and proved it if it was to."""
     step = make_step("export", {"format": form, **settings}, where="test")
-    return run_step(step, source, CalibrationSettings(), target, RUNTIME)
+    runtime = replace(RUNTIME, verify=verify)
+    return run_step(step, source, CalibrationSettings(), target, runtime)
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def test_options_are_the_settings(stage):
     methods = registry.STAGES[stage].methods.values()
     expected = {field for method in methods for field in fields(method.settings)}
     expected |= {field for field in fields(RuntimeSettings)}
+    if stage in ("analyze", "eval"):  # which write nothing that could be proved
+        expected.remove("verify")
     if any(method.calibrated for method in methods):
         # No name means two things on one command line, but the seed, which is of all there is.
         assert expected & set(fields(CalibrationSettings)) <= {"seed"}
@@ -249,6 +251,19 @@ def test_bare_commands_chain(command, here, model, text):
     code, _, err = command("quantize", *options)
     assert code == 2 and "needs dense weights" in err
     assert "pass the one it was made from: `" in err and "01-prune-manual`" in err
+
+
+def test_a_result_that_is_not_proved_says_so(command, model):
+    asked = ("prune", model, "--drop", "1", "-o", "pruned", "--no-verify")
+    for _ in range(2):  # made, and found again
+        code, out, err = command(*asked)
+        assert (code, out) == (0, "pruned\n"), err
+        assert "not proved, as asked: `compresso verify pruned` does it" in " ".join(err.split())
+    record = json.loads(Path("pruned/compresso.json").read_text())
+    assert "proof" not in record and record["fingerprint"]["tokens"]
+    assert "It was not loaded and compared" in Path("pruned/README.md").read_text()
+    code, _, err = command("verify", "pruned")
+    assert code == 0, err
 
 
 def test_bare_commands_begin_with_the_bundled_model(here, capsys):

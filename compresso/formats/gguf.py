@@ -78,7 +78,7 @@ def write(export: Export) -> Written:
     if export.beside:
         added = write_lora(folder, plan, _corrections(export))
     weights = GgufWeights(target, plan, model, added=added)
-    if has_tokens and settings.verify and llama_cpp.missing() is None:
+    if has_tokens and export.runtime.verify and llama_cpp.missing() is None:
         _prove_tokens(export, target)
     export.report.warnings += _inexact(encoded, kind)
     rows = _rows(weights, encoded)

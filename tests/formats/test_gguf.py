@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -251,9 +252,9 @@ def test_importance_is_the_mean_square_of_what_linears_read(tmp_path, monkeypatc
         dense.with_suffix(".copy").replace(target)
 
     monkeypatch.setattr(gguf_format, "quantize_file", catch)
-    step = make_step("export", {"format": "gguf", "type": "iq4_xs", "verify": False}, where="test")
+    step = make_step("export", {"format": "gguf", "type": "iq4_xs"}, where="test")
     calibration = CalibrationSettings(dataset=str(text), samples=2, length=32)
-    run_step(step, source, calibration, tmp_path / "out", RUNTIME)
+    run_step(step, source, calibration, tmp_path / "out", replace(RUNTIME, verify=False))
 
     model, seen = reference("llama", structure), {}
     watched = {

@@ -1,6 +1,7 @@
 """GGUF exports in the real llama.cpp: the same model as in transformers."""
 
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -196,13 +197,13 @@ def decoded(path):
     }
 
 
-def export_with_text(source, target, **settings):
+def export_with_text(source, target, *, verify=True, **settings):
     """The outcome of an export that may read text: the same tokens every time."""
     text = source.path.parent / "tokens.npy"
     np.save(text, tokens(1, 512)[0].numpy())
     step = make_step("export", {"format": "gguf", **settings}, where="test")
     calibration = CalibrationSettings(dataset=str(text), samples=8, length=32)
-    return run_step(step, source, calibration, target, RUNTIME)
+    return run_step(step, source, calibration, target, replace(RUNTIME, verify=verify))
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
