@@ -17,7 +17,7 @@ from compresso.errors import ConfigError
 from compresso.options import runtime_parameters, sort_runtime, with_options
 from compresso.recipe import make_step
 from compresso.runtime import log
-from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.settings import RuntimeSettings
 
 if TYPE_CHECKING:
     from compresso.runtime import Runtime
@@ -197,12 +197,14 @@ def chat(
 def _gguf_writer(folder: Path, runtime: Runtime) -> Callable[[Path], Path]:
     """Writes checkpoints as GGUF into `folder`, each once, as their codes are."""
     from compresso.checkpoint.reader import Checkpoint
-    from compresso.run import run_step
+    from compresso.preflight import check_source
+    from compresso.run import run_new
 
     def write(path: Path) -> Path:
         step = make_step("export", {"format": "gguf", "verify": False}, where="compresso bench")
-        target = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-        run_step(step, Checkpoint(path), CalibrationSettings(), target, runtime)
+        source, target = Checkpoint(path), folder / f"{len(list(folder.iterdir()))}-{path.name}"
+        check_source(step, source)
+        run_new(step, source, None, target, runtime, fresh=False)  # what it reports is of no use
         return target
 
     return write
