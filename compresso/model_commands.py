@@ -18,7 +18,7 @@ from compresso.errors import ConfigError
 from compresso.options import runtime_parameters, sort_runtime, with_options
 from compresso.recipe import make_step
 from compresso.runtime import log
-from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.settings import RuntimeSettings
 
 if TYPE_CHECKING:
     from compresso.runtime import Runtime
@@ -198,14 +198,16 @@ def chat(
 def _gguf_writer(folder: Path, runtime: Runtime) -> Callable[[Path], Path]:
     """Writes checkpoints as GGUF into `folder`, each once, as their codes are."""
     from compresso.checkpoint.reader import Checkpoint
-    from compresso.run import run_step
+    from compresso.preflight import check_source
+    from compresso.run import run_new
 
     unproved = replace(runtime, verify=False)
 
     def write(path: Path) -> Path:
         step = make_step("export", {"format": "gguf"}, where="compresso bench")
-        target = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-        run_step(step, Checkpoint(path), CalibrationSettings(), target, unproved)
+        source, target = Checkpoint(path), folder / f"{len(list(folder.iterdir()))}-{path.name}"
+        check_source(step, source)
+        run_new(step, source, None, target, unproved, fresh=False)  # what it reports is of no use
         return target
 
     return write

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compresso import __version__
+from compresso.checkpoint.checksums import CHECKSUMS
 from compresso.errors import CheckpointError
 from compresso.recipe import Step
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from compresso.checkpoint.reader import Checkpoint
 
 RECORD = "compresso.json"
+# What a record says of the files beside it: in the record of what comes next it would be copied on
+# and on.
+OF_THE_FILES = ("fingerprint", CHECKSUMS)
 KEYS = ("key", "created", "versions", "step", "calibration", "source", "report", "parent")
 
 
@@ -84,8 +88,7 @@ def make_record(
         "calibration": data,
         "source": {"path": str(source.path.resolve()), "key": source.key},
         "report": report,
-        # What the source said is in its own record; here it would be copied on and on.
-        "parent": {k: v for k, v in source.provenance.items() if k != "fingerprint"} or None,
+        "parent": {k: v for k, v in source.provenance.items() if k not in OF_THE_FILES} or None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compresso.card import CARD
+from compresso.checkpoint.checksums import CHECKSUMS
 from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.provenance import RECORD, read_record
 
@@ -72,14 +74,13 @@ def make_upload(
     card = card_of(path, record, name=repository, base=base, evaluated=rows)
     files = _files(path)
     changed = {CARD: card.encode()}
-    for name, file in list(files.items()):
-        if name == RECORD:
-            known = _without_paths(json.loads(file.read_text(encoding="utf-8")))
-        elif file.name == ADAPTER_CONFIG:
-            known = json.loads(file.read_text(encoding="utf-8")) | {BASE: repository}
-        else:
-            continue
-        changed[name] = (json.dumps(known, indent=1) + "\n").encode()
+    known = _without_paths(record)
+    for name in (name for name, file in files.items() if file.name == ADAPTER_CONFIG):
+        adapter = json.loads(files[name].read_text(encoding="utf-8"))
+        changed[name] = _as_json(adapter | {BASE: repository})
+        if name in known.get(CHECKSUMS, {}):
+            known[CHECKSUMS][name] = hashlib.sha256(changed[name]).hexdigest()
+    changed[RECORD] = _as_json(known)
     kept = {name: file for name, file in files.items() if name not in changed}
     return Upload(repository, kept, changed)
 
@@ -168,6 +169,10 @@ def _without_paths(values: Any) -> Any:
     if isinstance(values, str) and values.startswith("/"):
         return Path(values).name
     return values
+
+
+def _as_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +119,7 @@ def comparison_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(Text(str(row["checkpoint"])), justify="right")
+        table.add_column(Text(str(row["checkpoint"])), justify="right", overflow="fold")
     for key, words, form in EVALUATED:
         if any(key in row for row in rows):
             table.add_row(words, *(_with_error(row, key, form) for row in rows))
@@ -132,11 +132,16 @@ def comparison_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def rows_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """A line per row, without the values that are lists."""
+    """A line per row, without the values that are lists; words on the left, numbers on the right.
+
+    What is too long for its column goes on in the next line: nothing is cut.
+    """
     columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+        words = any(isinstance(row.get(column), str) for row in rows)
+        justify: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_plain(row.get(column, ""))) for column in columns))
     return table
@@ -145,6 +150,8 @@ def rows_table(rows: list[dict[str, Any]], title: str) -> Table:
 def summary_table(summary: dict[str, Any], title: str) -> Table:
     """A line per entry, without the values that are mappings, or lists of such."""
     table = Table(title=title, title_justify="left", show_header=False)
+    for _ in ("what", "value"):
+        table.add_column(overflow="fold")
     for key, value in summary.items():
         nested = value[:1] if isinstance(value, list) else [value]
         if not any(isinstance(item, dict) for item in nested):

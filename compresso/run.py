@@ -16,8 +16,9 @@ from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
 from compresso.card import CARD, ORIGIN
+from compresso.checkpoint.checksums import CHECKSUMS, checksums
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
+from compresso.checkpoint.writer import KEPT, STAMP, CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.exporting import finish_export
 from compresso.gates import check_gates
@@ -192,6 +193,7 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             proved = _finish(work, writer, report)
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
         record = work.record(report) | proved | {ORIGIN: origin_of(work.source)}
+        record[CHECKSUMS] = checksums(writer.partial, without=(*KEPT, STAMP, RECORD))
         writer.write_record(record)
         _write_text(writer.partial / CARD, card_of(writer.partial, record))
         writer.publish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -12,9 +13,11 @@ from tiny_checkpoint import save_tiny
 from typer.testing import CliRunner
 
 from compresso.card import CARD, front_matter
+from compresso.checkpoint.checksums import altered
 from compresso.checkpoint.reader import Checkpoint
 from compresso.cli import make_app
 from compresso.errors import CheckpointError, ConfigError, ResourceError
+from compresso.provenance import read_record
 from compresso.push import make_upload, push
 from compresso.recipe import make_step
 from compresso.run import run_step
@@ -97,6 +100,22 @@ def test_no_path_of_this_machine_goes(packed, tmp_path, hub, monkeypatch):
     adapter = json.loads(upload.changed["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"] == "me/tiny-4"
     assert 'subfolder="adapter"' in upload.changed[CARD].decode()
+
+
+def test_what_goes_is_what_its_record_says(packed, tmp_path, monkeypatch):
+    """Also of a file that is changed for it: what is downloaded passes `verify`."""
+    base = Checkpoint(packed)
+    source = put_beside(base, tmp_path / "beside", corrections(base), monkeypatch)
+    upload = make_upload(source.path, "me/tiny-4")
+    for name, file in upload.files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "there" / name)
+    for name, content in upload.changed.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    record = read_record(tmp_path / "there")
+    assert "adapter/adapter_config.json" in record["sha256"]
+    assert altered(tmp_path / "there", record["sha256"]) == {"changed": [], "gone": []}
+    assert "sha256" not in record["parent"] and "fingerprint" not in record["parent"]
 
 
 def test_an_evaluation_is_in_the_card(packed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compresso.checkpoint.adapter_folder import AdapterFolder, read_adapter
+from compresso.checkpoint.checksums import digests
 from compresso.checkpoint.directory import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -209,9 +209,8 @@ class Checkpoint:
             return hashlib.sha256(f"{recorded} with adapter {adapter}".encode()).hexdigest()
         digest = hashlib.sha256(adapter.encode() if adapter else b"")
         names = (CONFIG, *sorted({info.shard for info in self._infos.values()}))
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-            for one in pool.map(_digest, (self.path / name for name in names)):
-                digest.update(one)
+        for one in digests(self.path / name for name in names):
+            digest.update(one)
         return digest.hexdigest()
 
     @cached_property
@@ -275,12 +274,6 @@ class Checkpoint:
     def _stored(self, name: str) -> list[str]:
         path = self._packed_path(name)
         return [name] if path is None else self.packing.names(path)
-
-
-def _digest(path: Path) -> bytes:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _finite(weight: Tensor) -> bool:

@@ -35,7 +35,7 @@ class Speed:
                   with which some formats unpack their weights.
     peak_memory:  bytes. On the CPU, resident memory of the whole process, interpreter and
                   libraries included; on CUDA, allocated device memory.
-    base_memory:  bytes of that before the model was opened.
+    base_memory:  bytes of that before the model was opened, with the libraries that run it.
     disk_bytes:   bytes of the weights on disk.
     continuation: token ids generated greedily after the prompt.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from compresso.errors import CheckpointError
 from compresso.runtime import peak_memory
 from compresso.runtimes.engine import Speed
-from compresso.runtimes.llama_cpp_model import NAME, Model
+from compresso.runtimes.llama_cpp_model import NAME, Model, open_library
 from compresso.runtimes.process import apart
 
 PACKAGE, ENDING = "llama_cpp", ".gguf"
@@ -157,6 +157,7 @@ def _speed(
     sample: list[int],
     new: int,
 ) -> dict[str, Any]:
+    open_library()  # is neither time nor memory of the model
     before, start = peak_memory(), time.perf_counter()
     model = Model(path, corrections)
     model.make_room(max(len(prompt), len(sample)) + new + 1, threads)

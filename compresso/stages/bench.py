@@ -29,6 +29,16 @@ PROMPT, NEW = 256, 64
 SAFE_IDS = 256  # ids that every tokenizer has
 # What is compared of two models: key, words, and whether more is better.
 COMPARED = (("prefill", "prefill", True), ("decode", "decode", True), ("memory", "memory", False))
+# What is measured of each: key, words, and how the value reads.
+MEASURED = (
+    ("prefill", "prefill (tokens/s)", "{:,.0f}".format),
+    ("decode", "decode (tokens/s)", "{:,.1f}".format),
+    ("first_token", "first token (s)", "{:.3f}".format),
+    ("load", "load (s)", "{:.2f}".format),
+    ("memory", "memory of the model", format_bytes),
+    ("peak_memory", "of the process", format_bytes),
+    ("disk_bytes", "on disk", format_bytes),
+)
 
 
 @dataclass(frozen=True)
@@ -116,30 +126,27 @@ def with_original(paths: list[Path]) -> list[Path]:
 def print_bench(found: dict[str, Any]) -> None:
     """Write it to stdout, for people."""
     console = Console(highlight=False)
-    title = (
+    words = (
         f"{found['prompt_tokens']} tokens read, {found['new_tokens']} written;"
         f" median of {found['rounds']} (lowest to highest); {found['threads']} threads"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "runtime"):
-        table.add_column(column, overflow="fold")
-    columns = {
-        "prefill": ("prefill (tokens/s)", "{:,.0f}".format),
-        "decode": ("decode (tokens/s)", "{:,.1f}".format),
-        "first_token": ("first token (s)", "{:.3f}".format),
-        "load": ("load (s)", "{:.2f}".format),
-        "memory": ("memory of the model", format_bytes),
-        "peak_memory": ("of the process", format_bytes),
-        "disk_bytes": ("on disk", format_bytes),
-    }
-    for words, _ in columns.values():
-        table.add_column(words, justify="right")
-    for row in found["rows"]:
-        cells = [_spread(row, key, form) for key, (_, form) in columns.items()]
-        table.add_row(Text(row["model"]), Text(f"{row['runtime']} {row['version']}"), *cells)
-    console.print(table)
+    console.print(Text(words))
+    for runtime in dict.fromkeys(row["runtime"] for row in found["rows"]):
+        console.print(_side_by_side([row for row in found["rows"] if row["runtime"] == runtime]))
     for line in (*found["comparison"], *found["not_measured"]):
         console.print(Text(line), soft_wrap=True)
+
+
+def _side_by_side(rows: list[dict[str, Any]]) -> Table:
+    """A column per model of a runtime; a line per thing measured."""
+    title = Text(f"in {rows[0]['runtime']} {rows[0]['version']}")
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(Text(row["model"]), justify="right", overflow="fold")
+    for key, words, form in MEASURED:
+        table.add_row(words, *(_spread(row, key, form) for row in rows))
+    return table
 
 
 def _place(name: str) -> Path:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.replay import fingerprint_of
+from compresso.checkpoint.checksums import CHECKSUMS, altered
 from compresso.checkpoint.hub import resolve
 from compresso.checkpoint.proof import TOLERANCE, Fingerprint, prove
 from compresso.checkpoint.reader import Checkpoint
@@ -33,10 +34,12 @@ def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
     runtimes: names of those to run it in; all that are installed and take it if empty.
 
     What it says of the recorded tokens must be what it said when it was made, and what it writes
-    with a cache what it writes without. A checkpoint without a record is held against compresso's
+    with a cache what it writes without; and its files must have the recorded checksums, as a
+    small change can be lost in rounding. A checkpoint without a record is held against compresso's
     own evaluation of it, block by block.
 
-    A runtime in which it fails has a `failure`. Raises CheckpointError if there is no model, and
+    A runtime in which it fails has a `failure`, files that are not what they were are under
+    `changed` and `gone`. Raises CheckpointError if there is no model, and
     ResourceError if a runtime that was asked for is not installed.
     """
     file = Path(name).expanduser()
@@ -51,7 +54,8 @@ def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
         "tokens": expected.tokens.shape[1],
         "runtimes": [_run(engine, path, record, expected, runtime) for engine in engines],
     }
-    return found | _contents(path, record)
+    files = altered(folder, record[CHECKSUMS]) if CHECKSUMS in record else {}
+    return found | files | _contents(path, record)
 
 
 def print_verification(found: dict[str, Any]) -> None:
@@ -69,11 +73,17 @@ def print_verification(found: dict[str, Any]) -> None:
 
 
 def check_verification(found: dict[str, Any]) -> None:
-    """Raises GateError if a runtime has a failure: its first, and how many have one."""
-    failed = [entry for entry in found["runtimes"] if "failure" in entry]
+    """Raises GateError if a runtime has a failure, or a file is another: it names the first."""
+    failed = [
+        f"in {entry['runtime']}: {entry['failure']}"
+        for entry in found["runtimes"]
+        if "failure" in entry
+    ]
+    words = {"changed": "has changed since it was made", "gone": "is gone"}
+    failed += [f"`{name}` {word}" for key, word in words.items() for name in found.get(key, ())]
     if failed:
         rest = f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise GateError(f"in {failed[0]['runtime']}: {failed[0]['failure']}{rest}")
+        raise GateError(failed[0] + rest)
 
 
 def _chosen(path: Path, runtimes: list[str]) -> list[Engine]:

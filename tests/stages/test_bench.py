@@ -186,6 +186,22 @@ def test_it_is_shown(pair, timed, capsys, monkeypatch):
     assert "19.0 (18.0 to 20.0)" in out and "2 kB" in out and "decode 1.90 x: gain" in out
 
 
+def test_it_is_shown_on_a_narrow_terminal(pair, timed, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    speeds = {"original": [10, 11, 9], "pruned": [20, 18, 19]}
+    timed(Timed("transformers", speeds), Timed("other", speeds))
+    print_bench(bench([str(pair[1])], [], Plan(new=8), RUNTIME))
+    out = capsys.readouterr().out
+    assert "in transformers 1.0" in out and "in other 1.0" in out and "…" not in out
+    cells = [line.strip("│ ").split("│") for line in out.splitlines()]
+    decode = next(line for line in cells if line[0].startswith("decode"))
+    assert [cell.strip() for cell in decode] == [
+        "decode (tokens/s)",
+        "10.0 (9.0 to 11.0)",
+        "19.0 (18.0 to 20.0)",
+    ]
+
+
 def test_in_transformers(pair, monkeypatch):
     """The real thing, but in this process."""
     assert own.apart is process.apart

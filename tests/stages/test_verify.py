@@ -17,6 +17,7 @@ from correcting import (
     save_mixed,
 )
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_tiny
 from tiny_models import build, tokens
 from transformers import AutoModelForCausalLM
 
@@ -51,9 +52,11 @@ def quantized(dense, tmp_path):
     return run_quantize(dense, tmp_path / "q", method="rtn", bits=4, group_size=32)
 
 
-def rewrite(path, change):
-    file = next(path.glob("model*.safetensors"))
-    tensors = load_file(file)
+def rewrite(path, name, change):
+    """Change the tensors of the file that holds a tensor of that name."""
+    for file in path.glob("model*.safetensors"):
+        if name in (tensors := load_file(file)):
+            break
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -113,11 +116,62 @@ def test_an_original_is_held_against_our_own_evaluation(dense):
 
 def test_codes_that_were_changed_on_the_disk(quantized):
     name = "model.layers.1.mlp.up_proj.weight_packed"
-    rewrite(quantized.path, lambda tensors: tensors[name].bitwise_not_())
+    rewrite(quantized.path, name, lambda tensors: tensors[name].bitwise_not_())
     found = verify(str(quantized.path), [], RUNTIME)
     with pytest.raises(GateError, match=r"in transformers: .*logits differ by up to"):
         check_verification(found)
     assert found["runtimes"][0]["loads_and_equals"] is False
+
+
+def failure_of(path, match):
+    """What fails of a model that runs as it did, within rounding."""
+    found = verify(str(path), [], RUNTIME)
+    assert all(entry["loads_and_equals"] for entry in found["runtimes"])
+    with pytest.raises(GateError, match=match):
+        check_verification(found)
+    return found
+
+
+def test_a_change_that_is_lost_in_rounding(quantized):
+    name = "model.layers.0.input_layernorm.weight"
+
+    def nudge(tensors):
+        tensors[name][3] += 1e-6
+
+    rewrite(quantized.path, name, nudge)
+    found = failure_of(quantized.path, r"^`model-00001-of-.*` has changed since it was made$")
+    assert len(found["changed"]) == 1 and found["gone"] == []
+
+
+def test_tensors_that_were_swapped(quantized):
+    names = [f"model.layers.0.mlp.{one}_proj.weight_packed" for one in ("up", "gate")]
+
+    def swap(tensors):
+        up, gate = (tensors[name].clone() for name in names)
+        tensors.update(dict(zip(names, (gate, up), strict=True)))
+
+    rewrite(quantized.path, names[0], swap)
+    found = verify(str(quantized.path), [], RUNTIME)
+    with pytest.raises(GateError, match=r"in transformers: .*logits differ.*; and 1 more"):
+        check_verification(found)
+
+
+def test_another_tokenizer(tmp_path):
+    """It has no part in the logits of tokens."""
+    written = stage(Checkpoint(save_tiny(tmp_path / "tiny")), tmp_path / "out", "prune", drop=[1])
+    found = verify(str(written.path), [], RUNTIME)
+    check_verification(found)
+    assert found["changed"] == found["gone"] == []
+    (written.path / "README.md").write_text("a card of mine\n")
+    check_verification(verify(str(written.path), [], RUNTIME))
+    file = written.path / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace('"a": ', '"a_": ').replace('"b": ', '"a": ', 1))
+    failure_of(written.path, r"^`tokenizer\.json` has changed since it was made$")
+    file.unlink()
+    failure_of(written.path, r"^`tokenizer\.json` is gone$")
+    file.write_text(text)
+    check_verification(verify(str(written.path), [], RUNTIME))
 
 
 def test_a_tensor_that_is_gone(dense, tmp_path):
@@ -169,6 +223,16 @@ def test_it_is_shown(quantized, capsys, monkeypatch):
     assert "model.layers.*.mlp.up_proj.weight 4 bits, groups of 32, symmetric yes 2" in shown
     assert "packed tensors 14 kept tensors 7" in shown
     assert "loads and equals yes" in shown
+
+
+def test_names_are_whole_on_a_narrow_terminal(quantized, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_verification(verify(str(quantized.path), [], RUNTIME))
+    out = capsys.readouterr().out
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    rows = [line.strip("│ ").split("│") for line in out.split("stored   ")[0].splitlines()]
+    names = "".join(row[0].strip() for row in rows)
+    assert "model.layers.*.post_attention_layernorm.weight" in names
 
 
 # ---------------------------------------------------------------- other runtimes
