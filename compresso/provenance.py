@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compresso.checkpoint.reader import Checkpoint
 
 RECORD = "compresso.json"
+FILES = "files"  # in a record: what `compresso.checkpoint.digests` found
 KEYS = ("key", "created", "versions", "step", "calibration", "source", "report", "parent")
 
 
@@ -85,7 +86,8 @@ def make_record(
         "source": {"path": str(source.path.resolve()), "key": source.key},
         "report": report,
         # What the source said is in its own record; here it would be copied on and on.
-        "parent": {k: v for k, v in source.provenance.items() if k != "fingerprint"} or None,
+        "parent": {k: v for k, v in source.provenance.items() if k not in ("fingerprint", FILES)}
+        or None,
     }
 
 

@@ -16,13 +16,14 @@ from compresso import registry
 from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
 from compresso.card import CARD, ORIGIN
+from compresso.checkpoint.digests import digests
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.exporting import finish_export
 from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
-from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
+from compresso.provenance import FILES, RECORD, lineage, make_record, read_record, step_key
 from compresso.proving import prove_here
 from compresso.publishing import card_of, origin_of
 from compresso.recipe import Step
@@ -192,6 +193,7 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
             proved = _finish(work, writer, report)
         _write_text(writer.partial / ROWS, rows_to_csv(report.rows))
         record = work.record(report) | proved | {ORIGIN: origin_of(work.source)}
+        record[FILES] = digests(writer.partial)
         writer.write_record(record)
         _write_text(writer.partial / CARD, card_of(writer.partial, record))
         writer.publish()

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.replay import fingerprint_of
+from compresso.checkpoint.digests import changed
 from compresso.checkpoint.hub import resolve
 from compresso.checkpoint.proof import TOLERANCE, Fingerprint, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, GateError
 from compresso.families import FAMILIES, RESTRUCTURED
-from compresso.provenance import RECORD, read_record
+from compresso.provenance import FILES, RECORD, read_record
 from compresso.proving import prove_here, prove_in
 from compresso.report import rows_table, summary_table
 from compresso.runtime import Runtime, log
@@ -24,6 +25,7 @@ from compresso.runtimes.engine import Engine, engines_for, ready_engine
 from compresso.stages.contents import by_kind, contents_of, is_checkpoint, shortened
 
 TRANSFORMERS = "transformers"
+FAILED = "failure"
 
 
 def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
     with a cache what it writes without. A checkpoint without a record is held against compresso's
     own evaluation of it, block by block.
 
-    A runtime in which it fails has a `failure`. Raises CheckpointError if there is no model, and
+    A runtime in which it fails has a `failure`; `changed` lists the files with weights that are not
+    what was written. Raises CheckpointError if there is no model, and
     ResourceError if a runtime that was asked for is not installed.
     """
     file = Path(name).expanduser()
@@ -51,6 +54,9 @@ def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
         "tokens": expected.tokens.shape[1],
         "runtimes": [_run(engine, path, record, expected, runtime) for engine in engines],
     }
+    if (recorded := record.get(FILES)) is not None:
+        own = {path.name: recorded[path.name]} if path.name in recorded else {}
+        found["changed"] = changed(folder, own if path.is_file() else recorded)
     return found | _contents(path, record)
 
 
@@ -69,11 +75,16 @@ def print_verification(found: dict[str, Any]) -> None:
 
 
 def check_verification(found: dict[str, Any]) -> None:
-    """Raises GateError if a runtime has a failure: its first, and how many have one."""
-    failed = [entry for entry in found["runtimes"] if "failure" in entry]
-    if failed:
-        rest = f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise GateError(f"in {failed[0]['runtime']}: {failed[0]['failure']}{rest}")
+    """Raises GateError if a runtime has a failure, or a file has changed: the first, and how many.
+
+    Without a failure, a change is less than rounding comes to: it is one all the same.
+    """
+    failed = [f"in {one['runtime']}: {one['failure']}" for one in found["runtimes"] if FAILED in one]
+    files = [f"`{name}` is not the file that was written" for name in found.get("changed", ())]
+    if problems := [*failed, *files]:
+        rest = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+        hint = "copy or download it again, or make it again" if files else None
+        raise GateError(f"{problems[0]}{rest}", hint=hint)
 
 
 def _chosen(path: Path, runtimes: list[str]) -> list[Engine]:
@@ -137,7 +148,7 @@ def _run(
         else:
             proof = prove_in(engine, path, expected, trust_remote_code=trust)
     except GateError as error:
-        return entry | {"loads_and_equals": False, "failure": str(error)}
+        return entry | {"loads_and_equals": False, FAILED: str(error)}
     values = {name: value for name, value in asdict(proof).items() if value is not None}
     return entry | {"loads_and_equals": True, **values}
 

@@ -87,7 +87,7 @@ def test_every_layout_that_a_stage_writes(layout, dense, tmp_path):
     assert found["packed"] == linears
     gone = [n for n in dense.names() if n not in written.weight_names()]
     assert found["only_here"] == [] and found["only_in_source"] == gone
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(found)) == found and found["changed"] == []
 
 
 def test_an_adapter_beside_codes(dense, tmp_path, monkeypatch):
@@ -118,6 +118,20 @@ def test_codes_that_were_changed_on_the_disk(quantized):
     with pytest.raises(GateError, match=r"in transformers: .*logits differ by up to"):
         check_verification(found)
     assert found["runtimes"][0]["loads_and_equals"] is False
+
+
+@pytest.mark.parametrize("layout", ["dense", "uniform", "coded"])
+def test_a_change_that_is_smaller_than_rounding(layout, dense, tmp_path):
+    """Of one number among all: no logit tells it from rounding, the file does."""
+    written = MADE[layout](dense, tmp_path / "out")
+    (file, *_) = sorted(written.path.glob("model*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    found = verify(str(written.path), [], RUNTIME)
+    assert found["changed"] == [file.name]
+    with pytest.raises(GateError, match=f"`{file.name}` is not the file that was written"):
+        check_verification(found)
 
 
 def test_a_tensor_that_is_gone(dense, tmp_path):
