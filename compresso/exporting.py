@@ -17,6 +17,7 @@ from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import FAMILIES, RESTRUCTURED
+from compresso.formats.checking import check_weights
 from compresso.formats.writing import Written
 from compresso.proving import prove_in
 from compresso.recipe import Step
@@ -42,6 +43,13 @@ def finish_export(
     else:
         files = side_files(source, written.config) | written.files
         writer.finalize(config=written.config, side_files=files, expected=written.expected)
+        if written.exported is not None and step.settings.verify:
+            check_weights(
+                written.exported,
+                Checkpoint(writer.partial),
+                rounded=written.rounded,
+                carried=written.carried,
+            )
     record: dict[str, Any] = {}
     if written.adapter:
         record[ADAPTER] = _put_adapter(source, written, writer)

@@ -74,8 +74,10 @@ def write(export: Export) -> Written:
             "the attention of the first block, which was removed, is stored as zeros: vLLM needs it"
         )
     return Written(
+        exported=model,
         config=_config(model, adapter) | ({ENTRY: coding.entry()} if coding else {}),
         expected=parts.expected,
+        rounded=parts.rounded,
         carried=adapter.unmapped_tensors(),
         files={CODE.name: CODE},
         rows=parts.rows,

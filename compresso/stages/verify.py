@@ -79,7 +79,9 @@ def check_verification(found: dict[str, Any]) -> None:
 
     Without a failure, a change is less than rounding comes to: it is one all the same.
     """
-    failed = [f"in {one['runtime']}: {one['failure']}" for one in found["runtimes"] if FAILED in one]
+    failed = [
+        f"in {one['runtime']}: {one['failure']}" for one in found["runtimes"] if FAILED in one
+    ]
     files = [f"`{name}` is not the file that was written" for name in found.get("changed", ())]
     if problems := [*failed, *files]:
         rest = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
