@@ -196,8 +196,8 @@ class GgufSettings(ExportSettings):
         GgufType,
         limit(
             description="`auto` rounds nothing but scales of float32, to float16: codes stay what"
-            " they are where GGUF has a layout for them, other weights dense. Any other is llama.cpp's own mix of that name, which"
-            " rounds what is not that already."
+            " they are where GGUF has a layout for them, other weights dense. Any other is"
+            " llama.cpp's own mix of that name, which rounds what is not that already."
         ),
     ] = "auto"
     outer: Annotated[
