@@ -12,6 +12,7 @@ import torch
 from compresso.beside import side_files
 from compresso.calibration.replay import distance, fingerprint_of, replay
 from compresso.checkpoint.adapter_folder import AdapterFolder, write_adapter
+from compresso.checkpoint.decilm_config import as_our_own
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
@@ -131,7 +132,7 @@ def _unprovable(
     for package, install in (written.packages | (PEFT if written.adapter else {})).items():
         if importlib.util.find_spec(package) is None:
             return f"package `{package.replace('_', '-')}` is not installed: pip install {install}"
-    model_type = (written.config or {}).get("model_type", "")
+    model_type = as_our_own(written.config or {}).get("model_type", "")
     readable = model_type.removeprefix(RESTRUCTURED) in FAMILIES
     if not readable and not _fits(source, report, runtime):
         return "it is larger than `--max-memory`"
