@@ -13,7 +13,7 @@ from compresso.checkpoint.packings import method_of
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.adapter import ModelAdapter
 from compresso.models.names import linear_modules
-from compresso.models.structure import MODELING_FILES, needs_code
+from compresso.models.structure import DECILM_FILE, MODELING_FILES, needs_code
 from compresso.publishing import original_card
 from compresso.report import TRAINING_PICTURE, TRAINING_TABLE, Report
 from compresso.runtime import Runtime
@@ -29,7 +29,7 @@ def side_files(source: Checkpoint, config: dict[str, Any]) -> dict[str, Path]:
     """
     carried = source.side_files()
     own = {file.name: file for file in MODELING_FILES}
-    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, CARD, *own):
+    for name in (ROWS, TRAINING_TABLE, TRAINING_PICTURE, CARD, DECILM_FILE.name, *own):
         carried.pop(name, None)
     carried |= original_card(source)
     if needs_code(config):

@@ -188,9 +188,9 @@ class GgufSettings(ExportSettings):
     type: Annotated[
         GgufType,
         limit(
-            description="`auto` rounds nothing: codes stay what they are where GGUF has a layout"
-            " for them, other weights dense. Any other is llama.cpp's own mix of that name, which"
-            " rounds what is not that already."
+            description="`auto` rounds nothing but scales of float32, to float16: codes stay what"
+            " they are where GGUF has a layout for them, other weights dense. Any other is"
+            " llama.cpp's own mix of that name, which rounds what is not that already."
         ),
     ] = "auto"
     outer: Annotated[

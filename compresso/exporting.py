@@ -12,11 +12,13 @@ import torch
 from compresso.beside import side_files
 from compresso.calibration.replay import distance, fingerprint_of, replay
 from compresso.checkpoint.adapter_folder import AdapterFolder, write_adapter
+from compresso.checkpoint.decilm_config import as_our_own
 from compresso.checkpoint.directory import ADAPTER
 from compresso.checkpoint.proof import TOLERANCE, ProofReport, compare, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import FAMILIES, RESTRUCTURED
+from compresso.formats.checking import check_weights
 from compresso.formats.writing import Written
 from compresso.proving import prove_in
 from compresso.recipe import Step
@@ -42,6 +44,13 @@ def finish_export(
     else:
         files = side_files(source, written.config) | written.files
         writer.finalize(config=written.config, side_files=files, expected=written.expected)
+        if written.exported is not None and runtime.verify:
+            check_weights(
+                written.exported,
+                Checkpoint(writer.partial),
+                rounded=written.rounded,
+                carried=written.carried,
+            )
     record: dict[str, Any] = {}
     if written.adapter:
         record[ADAPTER] = _put_adapter(source, written, writer)
@@ -124,7 +133,7 @@ def _unprovable(
     for package, install in (written.packages | (PEFT if written.adapter else {})).items():
         if importlib.util.find_spec(package) is None:
             return f"package `{package.replace('_', '-')}` is not installed: pip install {install}"
-    model_type = (written.config or {}).get("model_type", "")
+    model_type = as_our_own(written.config or {}).get("model_type", "")
     readable = model_type.removeprefix(RESTRUCTURED) in FAMILIES
     if not readable and not _fits(source, report, runtime):
         return "it is larger than `--max-memory`"

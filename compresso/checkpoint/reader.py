@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compresso.checkpoint.adapter_folder import AdapterFolder, read_adapter
 from compresso.checkpoint.checksums import digests
+from compresso.checkpoint.decilm_config import as_our_own
 from compresso.checkpoint.directory import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -57,6 +58,9 @@ class Checkpoint:
     `names`, `info` and `load` see the tensors as they are stored. `weight_names`, `weight_info`
     and `load_weights` see a dense model: a packed linear appears as its `<path>.weight`, and one
     that an adapter corrects has the corrected weight.
+
+    config: the parsed config.json; of one in the config of Nemotron-NAS (`decilm`), what
+            compresso's own would be.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,9 +76,11 @@ class Checkpoint:
             raise CheckpointError(f"`{path}` holds a PEFT adapter", hint=hint)
         self.path = path
         self._infos = read_infos(path)
-        self.config: dict[str, Any] = read_json(path / CONFIG)
-        if not isinstance(self.config.get("model_type"), str):
+        stored = read_json(path / CONFIG)
+        if not isinstance(stored.get("model_type"), str):
             raise CheckpointError(f"`{path / CONFIG}` has no `model_type`")
+        self.config: dict[str, Any] = as_our_own(stored)
+        self.decilm = self.config is not stored
 
     def names(self) -> list[str]:
         """Names of the stored tensors, sorted."""

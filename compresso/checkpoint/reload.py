@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compresso.checkpoint.directory import ADAPTER
-from compresso.errors import GateError, ResourceError
+from compresso.errors import ConfigError, GateError, ResourceError
 
 
 def reload(
@@ -70,6 +70,12 @@ def blaming(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"cannot reload `{path}`: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"`{path}` comes with code that has to be run to load it",
+                hint="pass `--trust-remote-code` if you trust it; compresso's own exports as"
+                " `decilm` have such code",
+            ) from error
         raise GateError(f"`{path}` does not load and run: {first_line(error)}") from error
 
 

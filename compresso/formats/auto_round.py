@@ -39,4 +39,6 @@ def write(export: Export) -> Written:
     config[ENTRY] = auto_round_config(
         found.by_module(), blocks=found.adapter.family.blocks, kept=found.dense()
     )
-    return written(parts, found.adapter, config, packages=PACKAGES, tolerance=TOLERANCE)
+    return written(
+        parts, found.model, found.adapter, config, packages=PACKAGES, tolerance=TOLERANCE
+    )

@@ -55,6 +55,7 @@ def write(export: Export) -> Written:
     )
     return written(
         parts,
+        model,
         adapter,
         config,
         packages=PACKAGES,

@@ -118,7 +118,7 @@ def write(export: Export) -> Written:
     factors = corrections(export, model, adapter)
     config = dense_config(model) | {ENTRY: coding.entry()}
     describe(export, coding, parts, corrected=bool(factors))
-    return written(parts, adapter, config, packages=PACKAGES, corrected=factors)
+    return written(parts, model, adapter, config, packages=PACKAGES, corrected=factors)
 
 
 def describe(export: Export, coding: Coding, parts: Parts, *, corrected: bool) -> None:

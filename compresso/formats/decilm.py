@@ -7,12 +7,12 @@ where that has no attention (read in its source, 0.33): there, zeros stand for i
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compresso.checkpoint.decilm_config import MODEL_TYPE
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
 from compresso.export_settings import CompressedTensorsSettings, DecilmSettings
@@ -20,12 +20,10 @@ from compresso.formats.compressed_tensors import PACKAGES, Coding, describe
 from compresso.formats.matrices import scheme_of
 from compresso.formats.parts import corrections, dense_config, write_parts
 from compresso.formats.writing import Export, Written
-from compresso.models import modeling_decilm
 from compresso.models.adapter import ModelAdapter
-from compresso.models.structure import Structure, structure_of
+from compresso.models.structure import DECILM_FILE, Structure, structure_of
 from compresso.models.unfolded import ENTRY, unfolded
 
-CODE = Path(modeling_decilm.__file__)
 FIRST_ATTENTION = (0,)  # among sub-blocks
 # Families that compute as Llama does where these fields have these values, if any.
 LIKE_LLAMA: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -74,10 +72,12 @@ def write(export: Export) -> Written:
             "the attention of the first block, which was removed, is stored as zeros: vLLM needs it"
         )
     return Written(
+        exported=model,
         config=_config(model, adapter) | ({ENTRY: coding.entry()} if coding else {}),
         expected=parts.expected,
+        rounded=parts.rounded,
         carried=adapter.unmapped_tensors(),
-        files={CODE.name: CODE},
+        files={DECILM_FILE.name: DECILM_FILE},
         rows=parts.rows,
         packages=PACKAGES if coding else {},
         shipped=True,
@@ -137,8 +137,8 @@ def _config(model: Checkpoint, adapter: ModelAdapter) -> dict[str, Any]:
     fields = {field: getattr(own, field, None) for field in FIELDS}
     return {
         "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
-        "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in classes.items()},
+        "model_type": MODEL_TYPE,
+        "auto_map": {auto: f"{DECILM_FILE.stem}.{name}" for auto, name in classes.items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         **{field: value for field, value in fields.items() if value is not None},
         "attention_bias": family in BIASED or bool(getattr(own, "attention_bias", False)),

@@ -15,6 +15,7 @@ def write(export: Export) -> Written:
     adapter = export.open(model)
     parts = write_parts(export, model, adapter, lambda matrix: None)
     return Written(
+        exported=model,
         config=dense_config(model),
         expected=parts.expected,
         carried=adapter.unmapped_tensors(),

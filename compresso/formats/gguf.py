@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import GateError
+from compresso.formats.checking import check_weights
 from compresso.formats.gguf_families import Plan, family_for, plan_for
 from compresso.formats.gguf_file import (
     GgufFile,
@@ -74,6 +75,8 @@ def write(export: Export) -> Written:
     if quantized:
         _quantize(export, plan, encoded, first, target)
         first.unlink()
+    if export.runtime.verify:
+        _check_weights(model, plan, target, encoded)
     added = {}
     if export.beside:
         added = write_lora(folder, plan, _corrections(export))
@@ -163,7 +166,7 @@ def _write_dense(
             )
             file.add(found)
             encoded[piece.name] = Encoded(
-                found.name, found.type, found.shape, found.data[:0], found.how, found.exact
+                found.name, found.type, found.shape, found.data[:0], found.how, found.offset
             )
         file.finish()
     return encoded
@@ -203,7 +206,7 @@ def _quantize(
     """Let llama.cpp round what is dense, but for what is to stay that."""
     settings, gguf = export.settings, gguf_package()
     numbers = gguf.GGMLQuantizationType
-    stays = {"repacked", "zeros"}
+    stays = {"repacked", "rescaled", "zeros"}
     automatic = settings.type in ("auto", *DENSE)
     kept = {
         name: int(numbers[tensor.type.upper()])
@@ -224,6 +227,20 @@ def _quantize(
     )
 
 
+def _check_weights(
+    model: Checkpoint, plan: Plan, target: Path, encoded: dict[str, Encoded]
+) -> None:
+    """Raises GateError if the file holds another weight than it should."""
+    stored = GgufWeights(target, plan, model, added={})
+    kinds = {name: tensor.tensor_type.name.lower() for name, tensor in stored.tensors.items()}
+    rounded = {
+        piece.stored
+        for piece in plan.pieces
+        if piece.stored is not None and kinds[piece.name] != encoded[piece.name].type
+    }
+    check_weights(model, stored, rounded=rounded, carried=())
+
+
 def _prove_tokens(export: Export, target: Path) -> None:
     """Raises GateError if llama.cpp makes other tokens of usual texts than the tokenizer does."""
     trust = export.runtime.trust_remote_code
@@ -242,7 +259,11 @@ def _prove_tokens(export: Export, target: Path) -> None:
 def _inexact(encoded: dict[str, Encoded], kind: str) -> list[str]:
     """What became of codes that no type holds as they are."""
     found = []
-    if offsets := sum(not tensor.exact for tensor in encoded.values()):
+    if scales := sum(tensor.how == "rescaled" for tensor in encoded.values()):
+        found.append(
+            f"{scales} linears have scales that were rounded to float16, which is all that GGUF has"
+        )
+    if offsets := sum(tensor.offset for tensor in encoded.values()):
         found.append(
             f"{offsets} linears have zeros between levels, which GGUF stores as offsets: these were"
             " rounded to float16"
@@ -251,7 +272,7 @@ def _inexact(encoded: dict[str, Encoded], kind: str) -> list[str]:
     if dense and kind == "auto":
         found.append(
             f"{dense} linears are stored dense, as no GGUF type has their codes: give a `--type` to"
-            " round them once more, or quantize again with `--for llama.cpp`"
+            " round them once more, or quantize the original with `--for llama.cpp`"
         )
     return found
 

@@ -8,8 +8,8 @@ with d for the scale and u for the bits that are stored. Blocks are rows of arra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from compresso.kernels.hqq import AffineCodes
 
 Array = np.ndarray[Any, Any]
 SUPER = 256
+LEAST, MOST = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
 TILE = 2**22  # weights worked on at once
 
 
@@ -28,13 +29,18 @@ class Blocks:
     """A matrix in a GGUF type.
 
     type:  as llama.cpp calls it. data: (rows, bytes of a row) uint8.
-    exact: whether it decodes to just what the codes stand for; if not, only the offsets of groups
-           were rounded, to float16.
+    rounded: what was rounded to float16, if it does not decode to just what the codes stand for:
+             the offsets of groups, or their scales.
     """
 
     type: str
     data: Array
-    exact: bool = True
+    rounded: Literal["scales", "offsets"] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it decodes to just what the codes stand for."""
+        return self.rounded is None
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class _Type:
     fits: Callable[[Array], bool]
 
 
-def repack(codes: Packed | AffineCodes) -> Blocks | None:
+def repack(codes: Packed | AffineCodes, *, rescale: bool = False) -> Blocks | None:
     """The same codes in the smallest GGUF type that holds them; None if there is none.
 
-    codes: of (rows, columns) weights. Not modified.
+    codes:   of (rows, columns) weights. Not modified.
+    rescale: take scales that float16 does not hold, too, as far as its normal numbers go, rounded.
 
     Zeros that are no whole numbers make offsets, which are rounded to float16: less than what
     rounding weights to float16 or bfloat16 comes to.
@@ -62,13 +69,16 @@ def repack(codes: Packed | AffineCodes) -> Blocks | None:
     grid = codes.grid if isinstance(codes, Packed) else codes
     scale = grid.scale.float()
     half = scale.to(torch.float16)
-    if not torch.equal(half.float(), scale):
+    exact = torch.equal(half.float(), scale)
+    normal = bool(((scale.abs() >= LEAST) & (scale.abs() <= MOST)).all())
+    if not exact and not (rescale and normal):
         return None
     size = codes.codes.shape[1] // scale.shape[1]
     zero = grid.zero.float()
-    if torch.equal(zero, zero.round()):
-        return _repack_levels(codes.codes, half, zero, size)
-    return _repack_offsets(codes.codes, half, zero, size, grid.bits)
+    if not torch.equal(zero, zero.round()):
+        return _repack_offsets(codes.codes, half, zero, size, grid.bits)
+    found = _repack_levels(codes.codes, half, zero, size)
+    return found if exact or found is None else replace(found, rounded="scales")
 
 
 def _repack_levels(codes: Tensor, scale: Tensor, zero: Tensor, size: int) -> Blocks | None:
@@ -105,7 +115,7 @@ def _repack_offsets(
     low = _nibbles(levels & 15)
     middle = [] if bits <= 4 else [_fifth_bits(levels)]
     data = np.concatenate([*each, *middle, low], axis=1).reshape(len(codes), -1)
-    return Blocks("q4_1" if bits <= 4 else "q5_1", data, exact=False)
+    return Blocks("q4_1" if bits <= 4 else "q5_1", data, rounded="offsets")
 
 
 def _levels(codes: Tensor, zero: Tensor, size: int) -> Array:

@@ -26,6 +26,7 @@ class Encoded:
     """A tensor as it is written.
 
     type: as `gguf` calls it, in lower case. shape: of the weights. data: its bytes, in any shape.
+    offset: whether offsets of groups were rounded to float16.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Encoded:
     shape: tuple[int, ...]
     data: Array
     how: How
-    exact: bool = True
+    offset: bool = False
 
 
 def encode(
@@ -98,10 +99,12 @@ def decode(data: Array, kind: Any) -> Tensor:
 def _repacked(codes: Packed | AffineCodes, piece: Piece, wanted: str | None) -> Encoded | None:
     if piece.heads:
         codes = _permuted(codes, piece.heads)
-    blocks = repack(codes)
+    blocks = repack(codes, rescale=True)
     if blocks is None or wanted not in (None, blocks.type):
         return None
-    return Encoded(piece.name, blocks.type, piece.shape, blocks.data, "repacked", blocks.exact)
+    how: How = "rescaled" if blocks.rounded == "scales" else "repacked"
+    offset = blocks.rounded == "offsets"
+    return Encoded(piece.name, blocks.type, piece.shape, blocks.data, how, offset)
 
 
 def _permuted(codes: Packed | AffineCodes, heads: int) -> Packed | AffineCodes:

@@ -32,6 +32,7 @@ def write(export: Export) -> Written:
     config[ENTRY] = gptq_config(scheme, only=only)
     return written(
         parts,
+        found.model,
         found.adapter,
         config,
         packages=PACKAGES,

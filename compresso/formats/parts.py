@@ -48,12 +48,14 @@ class Parts:
 
     expected: names of all tensors. rows: as `tally` returns them. described: of every matrix that
     is stored as codes, by its path in transformers. kept: modules of the matrices that are dense.
+    rounded:  names of the dense weights whose codes were found now.
     """
 
     expected: list[str]
     rows: list[dict[str, Any]]
     described: dict[str, dict[str, Any]]
     kept: list[str]
+    rounded: list[str]
 
 
 def write_parts(
@@ -94,7 +96,9 @@ def write_parts(
         entries += own
     packed = {e["module"]: e["described"] for e in entries if "described" in e}
     kept = [m.module for m in by_path.values() if m.module not in packed]
-    return Parts(expected, tally(entries), packed, kept)
+    anew = {e["module"] for e in entries if e["how"] == "rounded"}
+    rounded = [matrix.name for matrix in by_path.values() if matrix.module in anew]
+    return Parts(expected, tally(entries), packed, kept, rounded)
 
 
 def _part(
@@ -174,6 +178,7 @@ def corrections(export: Export, model: Checkpoint, adapter: ModelAdapter) -> dic
 
 def written(
     parts: Parts,
+    model: Checkpoint,
     adapter: ModelAdapter,
     config: dict[str, Any],
     *,
@@ -183,12 +188,15 @@ def written(
 ) -> Written:
     """What parts come to that compresso reads, too.
 
-    adapter:   of the model. config, packages and tolerance: as `Written` has them.
+    model:     that was written. adapter: its architecture.
+    config, packages and tolerance: as `Written` has them.
     corrected: what `corrections` returned; None for nothing.
     """
     return Written(
+        exported=model,
         config=config,
         expected=parts.expected,
+        rounded=parts.rounded,
         carried=adapter.unmapped_tensors(),
         rows=parts.rows,
         packages=packages,

@@ -30,6 +30,7 @@ from compresso.runtime import Runtime
 class Written:
     """What a format wrote, and what proves it.
 
+    exported:  the model whose weights are stored; None if the format has compared them itself.
     runtime:   that it is proved in, by the name that `compresso.runtimes.engine` knows it by.
     config:    its config.json; None if it has none, as files of its own hold everything.
     expected:  names of all tensors in its parts. carried: those that no module takes.
@@ -46,9 +47,11 @@ class Written:
     fan_in_fan_out: whether the linears that they correct are modules of (in, out) weights.
     """
 
+    exported: Checkpoint | None = None
     runtime: str = "transformers"
     config: dict[str, Any] | None = None
     expected: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -18,12 +18,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compresso.checkpoint.coded import CODED, KEY, KINDS
 from compresso.errors import CheckpointError, ConfigError
 from compresso.families import FAMILIES, RESTRUCTURED, Family, family_of
-from compresso.models import coded_linear, modeling_compresso
+from compresso.models import coded_linear, modeling_compresso, modeling_decilm
 
 MODELING_FILE = Path(modeling_compresso.__file__)
 """The code that a config.json names for which `needs_code`."""
 MODELING_FILES = (MODELING_FILE, Path(coded_linear.__file__))
 """What must be beside it: that code, and what it imports."""
+DECILM_FILE = Path(modeling_decilm.__file__)
+"""The code of exports in the config of Nemotron-NAS."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from compresso.checkpoint.packings import method_of
 from compresso.checkpoint.reader import HEADS, Checkpoint
 from compresso.runtimes.table import RUNTIMES, Traits, row_for, table
 
-DECILM = "DeciLMForCausalLM"
-
 
 def traits_of(source: Checkpoint) -> Traits:
     """Those of a checkpoint, by its config.json and the headers of its shards.
@@ -19,7 +17,7 @@ def traits_of(source: Checkpoint) -> Traits:
     """
     config, packing = source.config, source.packing
     structure: Literal["stock", "own", "decilm"] = "own" if "auto_map" in config else "stock"
-    if DECILM in (config.get("architectures") or ()):
+    if source.decilm:
         structure = "decilm"
     if not packing.shapes:
         return Traits("dense", structure=structure)

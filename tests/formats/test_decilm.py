@@ -10,13 +10,17 @@ from correcting import PROBE, RUNTIME, corrections, logits_in_memory, put_beside
 from exporting import close, loaded_logits, run_export
 from peft import PeftModel
 from restructured import STRUCTURES, reference, save
-from tiny_models import build
-from transformers import AutoModelForCausalLM
+from tiny_models import BLOCKS, build
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from compresso.calibration.replay import replay
 from compresso.checkpoint.directory import read_infos
-from compresso.errors import ConfigError
+from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import CheckpointError, ConfigError
 from compresso.models.modeling_decilm import DeciLMConfig, DeciLMForCausalLM
-from compresso.models.structure import Structure
+from compresso.models.structure import Structure, restructure, structure_of
+from compresso.runtimes.traits import traits_of
+from compresso.stages.verify import check_verification, verify
 
 FORM = "decilm"
 LIKE_LLAMA = {
@@ -137,3 +141,68 @@ def test_what_is_too_large_to_load_is_not_proved(tmp_path, monkeypatch):
         "not proved: the decilm export was written, but not loaded in `transformers`, as it is"
         " larger than `--max-memory`"
     ]
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "whole blocks", "nothing"])
+def test_it_is_read_back(structure, tmp_path):
+    """As a restructured Llama, whatever family it was: so that every stage can go on from it."""
+    changes = LIKE_LLAMA["qwen2"]
+    asked = {**STRUCTURES, "nothing": Structure()}.get(structure, BOTH)
+    source = save(build("qwen2", **changes), asked, tmp_path / "source")
+    run_export(source, tmp_path / "out", FORM)
+    found = Checkpoint(tmp_path / "out")
+    lacking = Structure(tuple(b for b in asked.no_attention if b), asked.no_mlp)
+    assert structure_of(found.config) == lacking
+    like = LlamaConfig(num_hidden_layers=BLOCKS).to_dict()
+    meant = restructure(like, lacking)
+    assert found.config.get("compresso") == meant.get("compresso")
+    assert found.config["model_type"] == meant["model_type"]
+    assert found.config.get("auto_map") == meant.get("auto_map")
+    with torch.no_grad():
+        expected = reference("qwen2", asked, **changes)(input_ids=PROBE).logits
+    assert close(replay_of(found), expected)
+    assert traits_of(found).structure == "decilm"
+    run_export(found, tmp_path / "dense", "dense")
+    assert close(loaded_logits(tmp_path / "dense")[1], expected)
+    assert not (tmp_path / "dense" / "modeling_decilm.py").exists()
+
+
+def replay_of(source):
+    return replay(
+        source, PROBE, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=False
+    )
+
+
+def test_codes_are_read_back_and_go_on_as_codes(tmp_path):
+    structure = STRUCTURES["both kinds"]
+    source = save_coded(build("llama"), tmp_path, uniform(4), structure=structure).coded
+    run_export(source, tmp_path / "out", FORM)
+    found = Checkpoint(tmp_path / "out")
+    outcome = run_export(found, tmp_path / "gptq", "gptq")
+    assert "rescaled" in {row["stored"] for row in outcome.report.rows}
+    assert close(replay_of(found), replay_of(source))
+
+
+def test_verifying_it_takes_trust(tmp_path):
+    run_export(save(build("llama"), BOTH, tmp_path / "source"), tmp_path / "out", FORM)
+    with pytest.raises(ConfigError, match="comes with code that has to be run") as caught:
+        verify(str(tmp_path / "out"), ["transformers"], RUNTIME)
+    assert "--trust-remote-code" in caught.value.hint
+    trusting = replace(RUNTIME, trust_remote_code=True)
+    check_verification(verify(str(tmp_path / "out"), ["transformers"], trusting))
+
+
+@pytest.mark.parametrize("half", [("ffn", "intermediate_size"), ("attention", "n_heads_in_group")])
+def test_blocks_of_several_sizes_are_not_read(half, tmp_path):
+    """As those of models that were made by others are."""
+    run_export(save(build("llama"), BOTH, tmp_path / "source"), tmp_path / "out", FORM)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["block_configs"][0][half[0]][half[1]] = 7
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="MLPs or heads of several sizes"):
+        Checkpoint(tmp_path / "out")
+    del config["block_configs"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"`block_configs` in config\.json cannot be read"):
+        Checkpoint(tmp_path / "out")

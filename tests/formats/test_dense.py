@@ -146,6 +146,8 @@ def test_a_wrong_export_is_not_published(tmp_path, monkeypatch):
         return model.load([name])[name] * 1.2
 
     monkeypatch.setattr("compresso.formats.parts.dense_tensor", broken)
+    # What is compared before, weight by weight, would notice it, too: see test_checking.py.
+    monkeypatch.setattr("compresso.exporting.check_weights", lambda *_, **__: None)
     with pytest.raises(GateError, match="is not the model it was in memory") as raised:
         run_export(source, tmp_path / "out", "dense")
     assert "nothing was published" in raised.value.hint

@@ -277,3 +277,17 @@ def test_nothing_that_was_used_on_the_way_stays(tmp_path):
     run_export(stock(tmp_path / "source"), tmp_path / "out", "gguf", verify=False)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names - {"README.md"} == {"compresso-report.csv", "compresso.json", "model.gguf"}
+
+
+def test_codes_of_a_float32_model_stay_codes(tmp_path):
+    """Its scales are float32, but codes that are stored dense would make the file larger."""
+    packed = run_quantize(
+        stock(tmp_path / "source", **WIDE),
+        tmp_path / "packed",
+        **{"method": "rtn", "bits": 4, "for": "llama.cpp"},
+    )
+    outcome = run_export(packed, tmp_path / "out", "gguf", verify=False)
+    rows = {(row["stored"], row["as"]): row["tensors"] for row in outcome.report.rows}
+    assert rows["rescaled", "q4_0"] == 14
+    assert any("rounded to float16" in message for message in outcome.report.warnings)
+    assert outcome.report.summary["kl_to_model"] < 1e-4

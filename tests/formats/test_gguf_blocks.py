@@ -1,6 +1,6 @@
 """Codes in GGUF's layouts decode, with the `gguf` package, to just what they stand for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import gguf
@@ -140,6 +140,15 @@ def test_groups_that_no_type_has_are_not_repacked(group_size):
 def test_scales_that_float16_cannot_hold_are_not_rounded():
     codes = packed(4, 32, True, dtype=torch.float32)
     assert repack(codes) is None
+
+
+def test_scales_of_float32_are_rounded_if_that_is_wanted():
+    codes = packed(4, 32, True, dtype=torch.float32)
+    blocks = repack(codes, rescale=True)
+    assert (blocks.type, blocks.rounded, blocks.exact) == ("q4_0", "scales", False)
+    np.testing.assert_allclose(decoded(blocks), meant(codes), rtol=2**-11)
+    tiny = replace(codes.grid, scale=codes.grid.scale * 1e-5)
+    assert repack(Packed(codes.codes, tiny), rescale=True) is None
 
 
 def test_scales_of_bfloat16_are_exact():

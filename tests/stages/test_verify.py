@@ -90,7 +90,7 @@ def test_every_layout_that_a_stage_writes(layout, dense, tmp_path):
     assert found["packed"] == linears
     gone = [n for n in dense.names() if n not in written.weight_names()]
     assert found["only_here"] == [] and found["only_in_source"] == gone
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(found)) == found and found["changed"] == []
 
 
 def test_an_adapter_beside_codes(dense, tmp_path, monkeypatch):
@@ -174,6 +174,18 @@ def test_another_tokenizer(tmp_path):
     check_verification(verify(str(written.path), [], RUNTIME))
 
 
+@pytest.mark.parametrize("layout", ["dense", "uniform", "coded"])
+def test_a_change_that_is_smaller_than_rounding(layout, dense, tmp_path):
+    """Of one number among all: no logit tells it from rounding, the file does."""
+    written = MADE[layout](dense, tmp_path / "out")
+    (file, *_) = sorted(written.path.glob("model*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    found = failure_of(written.path, f"`{file.name}` has changed since it was made")
+    assert found["changed"] == [file.name]
+
+
 def test_a_tensor_that_is_gone(dense, tmp_path):
     written = stage(dense, tmp_path / "out", "prune", drop=[1])
     values = json.loads((written.path / "model.safetensors.index.json").read_text())
@@ -230,7 +242,7 @@ def test_names_are_whole_on_a_narrow_terminal(quantized, capsys, monkeypatch):
     print_verification(verify(str(quantized.path), [], RUNTIME))
     out = capsys.readouterr().out
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
-    rows = [line.strip("│ ").split("│") for line in out.split("stored   ")[0].splitlines()]
+    rows = [line.strip("│ ").split("│") for line in out.split("\nstored ")[0].splitlines()]
     names = "".join(row[0].strip() for row in rows)
     assert "model.layers.*.post_attention_layernorm.weight" in names
 
