@@ -19,8 +19,8 @@ from compresso.card import (
 )
 from compresso.checkpoint.reader import Checkpoint
 from compresso.provenance import lineage
-from compresso.runtimes.table import Traits
-from compresso.runtimes.traits import known_runtimes, runtimes_for, traits_of
+from compresso.runtimes.table import Traits, known_runtimes
+from compresso.runtimes.traits import runtimes_for, traits_of
 
 LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 

@@ -230,7 +230,7 @@ def test_names_are_whole_on_a_narrow_terminal(quantized, capsys, monkeypatch):
     print_verification(verify(str(quantized.path), [], RUNTIME))
     out = capsys.readouterr().out
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
-    rows = [line.strip("│ ").split("│") for line in out.split("stored   ")[0].splitlines()]
+    rows = [line.strip("│ ").split("│") for line in out.split("\nstored ")[0].splitlines()]
     names = "".join(row[0].strip() for row in rows)
     assert "model.layers.*.post_attention_layernorm.weight" in names
 
