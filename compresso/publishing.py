@@ -11,13 +11,13 @@ from compresso.card import (
     ORIGIN,
     ORIGINAL_CARD,
     Origin,
-    Output,
     front_matter,
     hub_name,
     is_ours,
     model_card,
 )
 from compresso.checkpoint.reader import Checkpoint
+from compresso.loading import Output
 from compresso.provenance import lineage
 from compresso.runtimes.table import Traits, known_runtimes
 from compresso.runtimes.traits import runtimes_for, traits_of

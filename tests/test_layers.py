@@ -87,6 +87,7 @@ LIGHT = (
     "export_command",
     "push_command",
     "card",
+    "loading",
     "push",
     "quantize_for",
     "runtimes.table",
