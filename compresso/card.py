@@ -13,17 +13,16 @@ from typing import Any
 import yaml
 
 from compresso.config import describe, fields
+from compresso.loading import HERE, Output, loading
 from compresso.methods import STAGES
 from compresso.provenance import history
 from compresso.report import EVALUATED
 from compresso.runtime import format_bytes
-from compresso.runtimes.table import table
 
 CARD, ORIGINAL_CARD = "README.md", "README-of-the-original.md"
 MARK = "<!-- Written by compresso; made again from compresso.json by every stage and by push. -->"
 CARRIED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 ORIGIN = "origin"  # of a record: see `Origin`
-HERE = "path/to/this/folder"
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,6 @@ class Origin:
     parameters: int
     front: dict[str, Any] = field(default_factory=dict)
     licence: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an output holds, as its card has it.
-
-    bytes, parameters: as in `Origin`. runtimes: as `runtimes_for` has it. kind: how its linears are
-    stored. adapter: whether corrections lie beside it. gguf: its GGUF file, if it is one; of such
-    parameters are not counted, and 0.
-    """
-
-    bytes: int
-    parameters: int
-    kind: str
-    runtimes: dict[str, dict[str, Any]]
-    adapter: bool = False
-    gguf: str | None = None
 
 
 def hub_name(path: Path) -> str | None:
@@ -115,7 +97,7 @@ def model_card(
         _sizes(origin, output, evaluated or []),
         _proof(record),
         "## How to load it",
-        *[_loading(runtime, output, name) for runtime in output.runtimes],
+        *[loading(runtime, output, name) for runtime in output.runtimes],
         "## Licence",
         _licence(origin),
     ]
@@ -237,50 +219,17 @@ def _proof(record: dict[str, Any]) -> str:
     proof = record.get("proof")
     if not proof:
         return "It was not loaded and compared with the model in memory when it was written."
-    where = proof.get("runtime") or f"transformers {record['versions']['transformers']}"
+    where = f"Loaded again in {proof.get('runtime') or _transformers(record)}"
+    if proof.get("generated") is None:  # what generated nothing, was not loaded whole
+        where = "Read again by compresso, block by block,"
     return (
-        f"Loaded again in {where} when it was written: logits differ by at most"
+        f"{where} when it was written: logits differ by at most"
         f" {proof['difference']:.2g} from the model's in memory (limit {proof['tolerance']:.2g})."
     )
 
 
-def _loading(runtime: str, output: Output, name: str) -> str:
-    known = output.runtimes[runtime]
-    version = known.get("version") or table()["versions"].get(runtime, "")
-    head = f"### {runtime} ({version})"
-    note = f"{known['note'][:1].upper()}{known['note'][1:]}." if known["note"] else ""
-    if known["loads"] in ("no", "unknown"):
-        return f"{head}\n\nDoes not load: {known['note']}."
-    if known.get("checked", "").startswith("source"):
-        note = f"{note} Read in its source, not run.".strip()
-    code = _code(runtime, output, name, known)
-    return "\n\n".join(part for part in (head, note, code) if part)
-
-
-def _code(runtime: str, output: Output, name: str, known: dict[str, Any]) -> str:
-    if runtime == "vllm":
-        return f"```sh\nvllm serve {name}\n```"
-    if runtime == "llama.cpp":
-        return f"```sh\nllama-cli -m {output.gguf} -p 'Once upon a time'\n```"
-    needs = " ".join(dict.fromkeys([*known["needs"], *(["peft"] if runtime == "peft" else [])]))
-    trust = ", trust_remote_code=True" if "trust_remote_code" in known["note"] else ""
-    if output.gguf:
-        trust = f', gguf_file="{output.gguf}"'
-    lines = [
-        f"# pip install transformers {needs}".rstrip(),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})',
-    ]
-    if runtime == "peft":
-        lines = ["from peft import PeftModel", ""]
-        if not output.adapter:
-            return "An adapter of yours goes on the model that transformers has loaded."
-        if "has run once" in known["note"]:
-            lines += ["model(torch.zeros(1, 1, dtype=torch.long))"]
-        lines.append(f'model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter")')
-    return "```python\n" + "\n".join(lines) + "\n```"
+def _transformers(record: dict[str, Any]) -> str:
+    return f"transformers {record['versions']['transformers']}"
 
 
 def _licence(origin: Origin) -> str:

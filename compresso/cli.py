@@ -135,13 +135,15 @@ def inspect(
         bool, typer.Option(help="Run model code that comes with it.", rich_help_panel="Dangerous")
     ] = False,
 ) -> None:
-    """Say what a checkpoint is: its parts, its size, how it is stored, how it was made."""
+    """Say what MODEL is: its parts, its size, how it is stored, what loads it, how it was made.
+
+    It may be an export, too: its directory, or its GGUF file.
+    """
     name = model or choose_model()
 
-    from compresso.checkpoint.reader import open_checkpoint
-    from compresso.stages.inspect import inspect_checkpoint, print_inspection
+    from compresso.stages.inspect import inspect_model, print_inspection
 
-    found = inspect_checkpoint(open_checkpoint(name), trust_remote_code=trust_remote_code)
+    found = inspect_model(name, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

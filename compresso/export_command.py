@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from compresso import registry
 from compresso.commands import (
@@ -28,7 +29,8 @@ from compresso.config import fields
 from compresso.errors import ConfigError
 from compresso.listing import TOPICS
 from compresso.options import flag, stage_parameters, with_options
-from compresso.report import show_rows
+from compresso.report import rows_table, summary_table
+from compresso.runtimes.table import Row, sentence, table
 from compresso.settings import CalibrationSettings, RuntimeSettings
 
 STAGE = "export"
@@ -36,7 +38,8 @@ ListFormats = Annotated[
     bool,
     typer.Option(
         "--list",
-        help="Say which runtimes load which formats, packed or dense, and what they need; stop.",
+        help="Say which runtimes load which formats, packed or dense, and what they need, and"
+        " which load MODEL as it is, if that is given; stop.",
         rich_help_panel="Output",
     ),
 ]
@@ -57,7 +60,7 @@ def export_command() -> Callable[..., None]:
         **options: Any,
     ) -> None:
         if list_formats:
-            show_formats(as_json=as_json)
+            show_formats(one_model(model, model_option), as_json=as_json)
             return
         requests = export_requests(one_model(model, model_option), output, options)
         carry_out(requests, fresh=fresh, as_json=as_json, save_recipe=save_recipe)
@@ -65,18 +68,47 @@ def export_command() -> Callable[..., None]:
     return with_options(command, stage_parameters(STAGE))
 
 
-def show_formats(*, as_json: bool) -> None:
-    """Write to stdout what there is to export to, and which runtimes load that."""
+def show_formats(model: str | None, *, as_json: bool) -> None:
+    """Write to stdout what there is to export to, and which runtimes load that.
+
+    model: if it is given, which load that as it is comes first.
+    """
     formats = [
         {"format": name, "is": (inspect.getdoc(entry.settings) or "").splitlines()[0]}
         for name, entry in registry.stage(STAGE).methods.items()
     ]
-    known = TOPICS["runtimes"]()
+    own = {} if model is None else _own_runtimes(model)
     if as_json:
-        typer.echo(json.dumps({"formats": formats, "runtimes": known}, indent=1))
+        found = {"formats": formats, "runtimes": TOPICS["runtimes"]()}
+        typer.echo(json.dumps(found | ({"model": own} if own else {}), indent=1))
         return
-    show_rows(formats, "formats")
-    show_rows(known, "which runtimes load them")
+    console = Console(highlight=False)
+    if own:
+        console.print(summary_table(_sentences(own), f"`{model}` as it is"))
+    console.print(rows_table(formats, "formats"))
+    rows: list[Row] = table()["rows"]
+    for kind in sorted({row.kind for row in rows}):
+        known = [
+            {
+                "runtime": f"{row.runtime} {table()['versions'][row.runtime]}",
+                "for": row.when or "any",
+                "what it does": sentence(row.known()),
+            }
+            for row in rows
+            if row.kind == kind
+        ]
+        console.print(rows_table(known, f"stored as `{kind}`: the first line that fits counts"))
+
+
+def _own_runtimes(model: str) -> dict[str, dict[str, Any]]:
+    from compresso.checkpoint.reader import open_checkpoint
+    from compresso.runtimes.traits import runtimes_for
+
+    return runtimes_for(open_checkpoint(model))
+
+
+def _sentences(known: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {runtime: sentence(one) for runtime, one in known.items()}
 
 
 def export_requests(

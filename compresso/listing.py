@@ -72,7 +72,25 @@ def _formats() -> Rows:
             "name": "bitsandbytes",
             "is": "nf4, fp4 and int8 as transformers saves them",
             "read": "by analyze, eval and inspect",
-            "written by": "quantize: nf4, int8",
+            "written by": "quantize: nf4, int8; export: bitsandbytes",
+        },
+        {
+            "name": "gptq",
+            "is": "codes of 2, 3, 4 or 8 bits as GPTQ packs them",
+            "read": "by analyze, eval and inspect",
+            "written by": "export: gptq",
+        },
+        {
+            "name": "auto-round",
+            "is": "the same in auto-round's form, also mixed",
+            "read": "by analyze, eval and inspect",
+            "written by": "export: auto-round",
+        },
+        {
+            "name": "gguf",
+            "is": "one file for llama.cpp, with its tokenizer",
+            "read": "by inspect, verify, bench, generate and chat",
+            "written by": "export: gguf",
         },
         {
             "name": "decilm",

@@ -11,16 +11,16 @@ from compresso.card import (
     ORIGIN,
     ORIGINAL_CARD,
     Origin,
-    Output,
     front_matter,
     hub_name,
     is_ours,
     model_card,
 )
 from compresso.checkpoint.reader import Checkpoint
+from compresso.loading import Output
 from compresso.provenance import lineage
-from compresso.runtimes.table import Traits
-from compresso.runtimes.traits import known_runtimes, runtimes_for, traits_of
+from compresso.runtimes.table import Traits, known_runtimes
+from compresso.runtimes.traits import runtimes_for, traits_of
 
 LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 

@@ -11,6 +11,7 @@ from compresso.quantize_settings import DEFAULT_BITS
 from compresso.runtimes.table import Fast, table
 
 FIELD = "for_runtime"
+RUN_BY = {"gguf": "llama.cpp"}  # a format that only one runtime runs
 
 
 def restricted(method: str, values: dict[str, Any], *, where: str) -> dict[str, Any]:
@@ -18,10 +19,12 @@ def restricted(method: str, values: dict[str, Any], *, where: str) -> dict[str, 
 
     Raises ConfigError if that runtime does not run fast what they ask for.
     """
-    runtime = values.get(FIELD)
+    named = values.get(FIELD)
+    runtime = RUN_BY.get(str(named), named)
     known = table()["fast"]
     if runtime is None or runtime not in known:  # what is no runtime is refused with the settings
         return values
+    values = {**values, FIELD: runtime}
     if values.get("pack") is False:
         raise ConfigError(
             f"{where}: `pack` is off, so `for` would do nothing", hint="leave out one of the two"

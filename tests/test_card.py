@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
-import yaml
-from correcting import calm, run_quantize
-from exporting import run_export
-from tiny_checkpoint import save_tiny
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 
+import pytest
+import torch
+import yaml
+from correcting import RUNTIME, calm, corrections, put_beside, run_quantize, save_mixed
+from exporting import close, run_export
+from huggingface_hub import ModelCard
+from tiny_checkpoint import save_tiny
+from transformers import AutoModelForCausalLM
+
+from compresso.calibration.replay import replay
 from compresso.card import CARD, ORIGINAL_CARD, front_matter, hub_name, is_ours
 from compresso.checkpoint.reader import Checkpoint
+from compresso.loading import HERE
+from compresso.models.tokenizer import Tokenizer
 from compresso.provenance import read_record
-from compresso.recipe import load_recipe
+from compresso.publishing import card_of
+from compresso.recipe import load_recipe, make_step
+from compresso.run import run_step
+from compresso.settings import CalibrationSettings
 
 FRONT = "license: other\nlicense_name: llama\nlicense_link: https://x.y/z\nlanguage:\n- en\n"
 USUAL = {"method": "rtn", "bits": 4, "group_size": 32}
@@ -26,6 +42,13 @@ def chain(tmp_path_factory):
     packed = run_quantize(Checkpoint(source), root / "packed", **USUAL)
     run_export(packed, root / "out", "dense")
     return source, root / "packed", root / "out"
+
+
+def run_stage(source, target, stage, **values):
+    """The checkpoint that a stage writes that reads no text."""
+    step = make_step(stage, values, where="test")
+    run_step(step, source, CalibrationSettings(), target, RUNTIME)
+    return Checkpoint(target)
 
 
 def section(text, title):
@@ -80,6 +103,61 @@ def test_how_it_is_loaded(chain):
     compile(code, "card", "exec")
     assert "trust_remote_code" not in loading
     assert "compressed-tensors" not in section((out / CARD).read_text(), "How to load it")
+
+
+RUN_ALL = """
+import json, sys
+import torch
+for folder, code in json.load(sys.stdin).items():
+    there = {}
+    exec(code, there)
+    ids = there["tokenizer"]("import os", return_tensors="pt").input_ids
+    with torch.no_grad():
+        print(json.dumps([folder, there["model"](ids).logits[0, -1].float().tolist()]))
+"""
+
+
+def test_every_snippet_runs_as_it_is_written(tmp_path, monkeypatch):
+    """In a process that knows nothing of compresso; and what it loads is the model."""
+    dense = Checkpoint(save_tiny(tmp_path / "tiny"))
+    packed = run_quantize(dense, tmp_path / "packed", **USUAL)
+    mixed = save_mixed(AutoModelForCausalLM.from_pretrained(dense.path), tmp_path / "mixed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense.path / name, mixed.path)
+    put_beside(mixed, tmp_path / "corrected", corrections(mixed), monkeypatch)
+    run_quantize(dense, tmp_path / "coded", method="higgs", bits=3)
+    run_stage(dense, tmp_path / "halves", "prune", drop=["a1"])
+    run_export(packed, tmp_path / "gguf", "gguf", verify=False)
+    code = {}
+    for folder in ("packed", "corrected", "coded", "halves", "gguf"):
+        text = (tmp_path / folder / CARD).read_text().replace(HERE, str(tmp_path / folder))
+        assert ModelCard(text).data.tags[0] == "compresso"
+        code[folder] = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(code),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(map(json.loads, done.stdout.splitlines()))
+    assert list(said) == list(code)
+    ids = torch.tensor([Tokenizer.open(dense).encode("import os", special=True)])
+    for folder, logits in said.items():
+        source = packed if folder == "gguf" else Checkpoint(tmp_path / folder)
+        expected = replay(source, ids, dtype=torch.float32, device="cpu")[0, -1]
+        assert close(torch.tensor(logits), expected, 1e-3), folder
+
+
+def test_a_model_that_was_not_loaded_whole_is_not_said_to_be(chain):
+    _, packed, _ = chain
+    record = read_record(packed)
+    assert "Loaded again in transformers" in card_of(packed, record)
+    record["proof"] |= {"generated": None, "cache_difference": None}
+    assert "Read again by compresso, block by block," in card_of(packed, record)
 
 
 def test_a_source_that_says_nothing(tmp_path):

@@ -85,6 +85,27 @@ def test_refused(case, command, model):
     assert hint is None or any(line.startswith("hint:") and hint in line for line in lines), err
 
 
+def test_what_there_is_to_export_to(command, model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = command("export", "--list")
+    assert code == 0 and "…" not in out and max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.replace("│", " ").split())
+    assert all(f" {name} " in words for name in registry.stage("export").methods)
+    assert "stored as `gguf`" in words and "vllm 0.33.0" in words
+    assert f"`{model}` as it is" not in words
+    found = json.loads(command("export", "--list", "--json")[1])
+    assert set(found) == {"formats", "runtimes"}
+
+
+def test_which_runtimes_load_a_model_as_it_is(command, model):
+    out = command("export", model, "--list")[1]
+    assert out.startswith(f"`{model}` as it is")
+    assert "`compresso export --format gguf` first" in out.partition("formats")[0]
+    found = json.loads(command("export", "-m", model, "--list", "--json")[1])
+    assert found["model"]["transformers"]["loads"] == "dense"
+    assert command("export", "nothing", "--list")[0] == 3
+
+
 def test_two_models(command, model):
     code, _, err = command("export", model, "-m", model, "-f", "dense")
     assert code == 2 and "two models are given" in err

@@ -68,7 +68,7 @@ KNOW_TRANSFORMERS = (
     "runtime.py",
 )
 # What runs a model, or shows what a stage found.
-VIEWS = ("cli.py", "model_commands.py", "report.py")
+VIEWS = ("cli.py", "model_commands.py", "text_commands.py", "report.py")
 # Part of checkpoints, with the file beside it that it imports.
 SHIPPED = "models/modeling_compresso.py"
 LIGHT = (
@@ -87,10 +87,12 @@ LIGHT = (
     "export_command",
     "push_command",
     "card",
+    "loading",
     "push",
     "quantize_for",
     "runtimes.table",
     "model_commands",
+    "text_commands",
     "export_settings",
     "export_methods",
     "registry",

@@ -64,6 +64,10 @@ def test_all_else_is_refused(runtime, values, message):
     assert caught.value.hint.startswith("it runs fast: ") and "codes" in caught.value.hint
 
 
+def test_gguf_is_for_llama_cpp():
+    assert step("gguf", bits=3) == step("llama.cpp", bits=3)
+
+
 def test_what_would_do_nothing():
     with pytest.raises(ConfigError, match="`for` would do nothing"):
         step("vllm", pack=False)

@@ -39,6 +39,12 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     return _download(repository, named_revision or revision)
 
 
+def place_of(name: str) -> Path:
+    """The same, or a file of that name, which may be an export. Raises as `resolve`."""
+    file = Path(name).expanduser()
+    return file if file.is_file() else resolve(name)
+
+
 def _looks_local(name: str) -> bool:
     """Whether a name that is no directory can only have been meant as one."""
     parts = name.partition("@")[0].split("/")

@@ -111,15 +111,24 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     return models, [file for file in found if file not in models]
 
 
-def _apart(name: str, path: Path, **given: Any) -> Any:
+def the_files(path: Path) -> tuple[Path, list[Path]]:
+    """The GGUF file at `path`, and those of corrections that go with it.
+
+    Raises CheckpointError if there is not exactly one.
+    """
     models, corrections = _files(path)
     if len(models) != 1:
         names = ", ".join(f"`{file.name}`" for file in models) or "none"
         raise CheckpointError(
             f"`{path}` should hold one GGUF file, but holds {names}", hint="name the file itself"
         )
+    return models[0], corrections
+
+
+def _apart(name: str, path: Path, **given: Any) -> Any:
+    model, corrections = the_files(path)
     job = {
-        "path": str(models[0]),
+        "path": str(model),
         "corrections": [str(file) for file in corrections],
         "threads": torch.get_num_threads(),
         **given,

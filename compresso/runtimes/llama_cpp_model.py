@@ -77,8 +77,10 @@ class Model:
         self._context: Any = None
 
     def make_room(self, tokens: int, threads: int, *, exact: bool = False) -> None:
-        """For a text of so many tokens. exact: with keys and values in float32."""
+        """For a new text of so many tokens. exact: with keys and values in float32."""
         library = self._library
+        if self._context:
+            library.llama_free(self._context)
         settings = library.llama_context_default_params()
         settings.n_ctx = -(-tokens // 256) * 256
         settings.n_batch = settings.n_ubatch = MOST_AT_ONCE
@@ -123,13 +125,48 @@ class Model:
                     rows.append(self._row(place))
         return torch.stack(rows)
 
-    def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, with none put around them."""
+    @property
+    def longest(self) -> int | None:
+        """Most tokens that it was made for; None if it does not say."""
+        return self._library.llama_model_n_ctx_train(self._model) or None
+
+    def chat_template(self) -> str | None:
+        """How it writes conversations, in Jinja; None if it has none."""
+        found: bytes | None = self._library.llama_model_chat_template(self._model, None)
+        return None if found is None else found.decode("utf-8", "replace")
+
+    def marks(self) -> dict[str, str]:
+        """What chat templates call its first and last token: `bos_token` and `eos_token`."""
+        tokens = {
+            "bos_token": self._library.llama_vocab_bos(self._words),
+            "eos_token": self._library.llama_vocab_eos(self._words),
+        }
+        pieces = {name: self.piece(token, special=True) for name, token in tokens.items()}
+        return {name: piece.decode("utf-8", "replace") for name, piece in pieces.items()}
+
+    def ends(self, token: int) -> bool:
+        """Whether a text is over with it."""
+        return bool(self._library.llama_vocab_is_eog(self._words, token))
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that a token stands for. special: also of those that stand for no text."""
+        if token < 0:  # there is no such
+            return b""
+        room = 64
+        while True:
+            data = ctypes.create_string_buffer(room)
+            count = self._library.llama_token_to_piece(self._words, token, data, room, 0, special)
+            if count >= 0:
+                return data.raw[:count]
+            room = -count
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """The token ids of a text. special: with what goes around a text of its own."""
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()
         count = self._library.llama_tokenize(
-            self._words, data, len(data), tokens, room, False, True
+            self._words, data, len(data), tokens, room, special, True
         )
         return list(tokens[: max(count, 0)])
 

@@ -88,6 +88,17 @@ class Row:
         by = table()["installed_by"]
         return list(dict.fromkeys(EXTRA.format(by[name]) for name in self.needs))
 
+    def known(self) -> dict[str, Any]:
+        """How the runtime loads such a checkpoint, what it needs and more; plain values."""
+        return {
+            "loads": self.loads,
+            "note": self.note,
+            "needs": list(self.needs),
+            "install": self.install,
+            "checked": self.checked,
+            "version": table()["versions"][self.runtime],
+        }
+
 
 @dataclass(frozen=True)
 class Fast:
@@ -123,6 +134,36 @@ def row_for(runtime: str, traits: Traits) -> Row | None:
     """What the table says of a runtime and a checkpoint; None if it says nothing."""
     rows: list[Row] = table()["rows"]
     return next((row for row in rows if row.runtime == runtime and row.fits(traits)), None)
+
+
+def known_runtimes(traits: Traits) -> dict[str, dict[str, Any]]:
+    """Of every runtime: how it loads such a checkpoint, what it needs and more; plain values."""
+    found: dict[str, dict[str, Any]] = {}
+    for runtime in RUNTIMES:
+        row = row_for(runtime, traits)
+        if row is None:
+            found[runtime] = {"loads": "unknown", "note": f"nothing is known of `{traits.kind}`"}
+        else:
+            found[runtime] = row.known()
+    return found
+
+
+def sentence(known: dict[str, Any]) -> str:
+    """What is known of one runtime, as `runtimes_for` has it, in a line."""
+    words = {
+        "packed": "loads, codes stay codes in memory",
+        "dense": "loads, weights are dense in memory",
+        "no": "does not load",
+        "unknown": "unknown",
+    }[known["loads"]]
+    parts = [words]
+    if known.get("needs"):
+        parts.append(f"needs {' and '.join(known['needs'])} ({'; '.join(known['install'])})")
+    if known["note"]:
+        parts.append(known["note"])
+    if known.get("checked", "").startswith("source"):
+        parts.append("read in its source, not run")
+    return ": ".join([parts[0], "; ".join(parts[1:])]) if parts[1:] else parts[0]
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import importlib.util
 import logging
@@ -20,6 +21,7 @@ import compresso
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.models.tokenizer import Tokenizer
+from compresso.runtime import log
 from compresso.runtimes.process import apart
 from compresso.runtimes.transformers import open_model
 from compresso.settings import TASK
@@ -32,7 +34,11 @@ NAME = re.compile(r"^task:\s*[\"']?([\w.-]+)", re.MULTILINE)
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raises ResourceError if lm-eval is not installed, CheckpointError if a file is not a task."""
+    """See that there are such tasks, before anything is run.
+
+    Raises ResourceError if lm-eval is not installed, CheckpointError if a file is not a task,
+    ConfigError if there is no task of a name.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError(
             "package `lm-eval`, which runs tasks, is not installed",
@@ -40,6 +46,9 @@ def check_tasks(names: Sequence[str]) -> None:
         )
     for name in names:
         task_name(name)
+    if rest := [name for name in names if _folder(name) is None]:
+        log(f"looking for {', '.join(f'`{name}`' for name in rest)} in all of lm-eval's tasks")
+        apart(f"{__name__}:_find", {"names": rest}, path=Path(rest[0]), runtime="lm-eval")
 
 
 def task_name(given: str) -> str:
@@ -114,12 +123,7 @@ def _work(
     threads: int,
 ) -> dict[str, float]:
     torch.set_num_threads(threads)
-    manager, known = _manager(names)
-    for name in known:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks)
-            hint = f"did you mean `{near[0]}`?" if near else "`lm-eval ls tasks` lists them"
-            raise ConfigError(f"there is no task `{name}`", hint=hint)
+    manager, known = _find_all(names)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -146,21 +150,49 @@ def _work(
     return _values(found["results"])
 
 
-def _manager(names: list[str]) -> tuple[Any, list[str]]:
-    """lm-eval's list of tasks, with the files that are given, and the names of those asked for."""
+def _find(*, names: list[str]) -> None:
+    """Raises ConfigError if there is no task of a name."""
+    _find_all(names)
+
+
+def _find_all(names: list[str]) -> tuple[Any, list[str]]:
+    """lm-eval's list of tasks, with those that are asked for in it, and their names.
+
+    Raises ConfigError if one is not there.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    folders, known = [], []
-    for name in names:
-        known.append(task_name(name))
-        if name.endswith(ENDINGS):
-            folders.append(str(Path(name).expanduser().resolve().parent))
-    elsewhere = [n for n in names if not n.endswith(ENDINGS)]
-    # Reading its own list takes lm-eval several seconds.
-    own = any(not (SHIPPED / f"{name}.yaml").is_file() for name in elsewhere)
-    places = list(dict.fromkeys([str(SHIPPED), *folders]))
-    return TaskManager(include_path=places, include_defaults=own), known
+    folders = [_folder(name) for name in names]
+    places = list(dict.fromkeys(str(folder) for folder in (SHIPPED, *folders) if folder))
+    manager = TaskManager(include_path=places, include_defaults=None in folders)
+    known = [task_name(name) for name in names]
+    for name in known:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks)
+            hint = f"did you mean `{near[0]}`?" if near else "`lm-eval ls tasks` lists them"
+            raise ConfigError(f"there is no task `{name}`", hint=hint)
+    return manager, known
+
+
+def _folder(name: str) -> Path | None:
+    """Where a task is defined; None if only lm-eval's list says that.
+
+    To read that, with its 14000 files, takes lm-eval long, and most tasks have a file of their
+    name.
+    """
+    if name.endswith(ENDINGS):
+        return Path(name).expanduser().resolve().parent
+    if (SHIPPED / f"{name}.yaml").is_file():
+        return SHIPPED
+    found = importlib.util.find_spec("lm_eval")
+    assert found is not None and found.origin is not None  # `check_tasks` has looked
+    theirs = Path(found.origin).parent / "tasks"
+    for file in theirs.rglob(f"{glob.escape(name)}.yaml"):
+        said = NAME.search(file.read_text(encoding="utf-8", errors="replace"))
+        if said is not None and said[1] == name:
+            return file.parent
+    return None
 
 
 def _values(results: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from compresso.checkpoint.coded import coding_of
 from compresso.checkpoint.packings import method_of
 from compresso.checkpoint.reader import HEADS, Checkpoint
-from compresso.runtimes.table import RUNTIMES, Traits, row_for, table
+from compresso.runtimes.table import Traits, known_runtimes
 
 
 def traits_of(source: Checkpoint) -> Traits:
@@ -38,41 +38,3 @@ def traits_of(source: Checkpoint) -> Traits:
 def runtimes_for(source: Checkpoint) -> dict[str, dict[str, Any]]:
     """What is known of a checkpoint: see `known_runtimes`."""
     return known_runtimes(traits_of(source))
-
-
-def known_runtimes(traits: Traits) -> dict[str, dict[str, Any]]:
-    """Of every runtime: how it loads such a checkpoint, what it needs and more; plain values."""
-    versions = table()["versions"]
-    found: dict[str, dict[str, Any]] = {}
-    for runtime in RUNTIMES:
-        row = row_for(runtime, traits)
-        if row is None:
-            found[runtime] = {"loads": "unknown", "note": f"nothing is known of `{traits.kind}`"}
-            continue
-        found[runtime] = {
-            "loads": row.loads,
-            "note": row.note,
-            "needs": list(row.needs),
-            "install": row.install,
-            "checked": row.checked,
-            "version": versions[runtime],
-        }
-    return found
-
-
-def sentence(known: dict[str, Any]) -> str:
-    """What is known of one runtime, as `runtimes_for` has it, in a line."""
-    words = {
-        "packed": "loads, codes stay codes in memory",
-        "dense": "loads, weights are dense in memory",
-        "no": "does not load",
-        "unknown": "unknown",
-    }[known["loads"]]
-    parts = [words]
-    if known.get("needs"):
-        parts.append(f"needs {' and '.join(known['needs'])} ({'; '.join(known['install'])})")
-    if known["note"]:
-        parts.append(known["note"])
-    if known.get("checked", "").startswith("source"):
-        parts.append("read in its source, not run")
-    return ": ".join([parts[0], "; ".join(parts[1:])]) if parts[1:] else parts[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compresso.calibration.probe import PROBE_SEED
 from compresso.checkpoint.directory import CONFIG, read_json
-from compresso.checkpoint.hub import resolve
+from compresso.checkpoint.hub import place_of
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, CompressoError, ConfigError
 from compresso.provenance import history, read_record
@@ -84,7 +84,7 @@ def bench(
     a model does not take so many tokens; ResourceError if a runtime asked for is not installed.
     """
     chosen = [ready_engine(name) for name in dict.fromkeys(runtimes)] or None
-    paths = with_original([_place(name) for name in names])
+    paths = with_original([place_of(name) for name in names])
     skipped: list[str] = []
     jobs = list(_jobs(paths, chosen, runtime, skipped, convert))
     if not jobs:
@@ -147,11 +147,6 @@ def _side_by_side(rows: list[dict[str, Any]]) -> Table:
     for key, words, form in MEASURED:
         table.add_row(words, *(_spread(row, key, form) for row in rows))
     return table
-
-
-def _place(name: str) -> Path:
-    file = Path(name).expanduser()
-    return file if file.is_file() else resolve(name)
 
 
 def _folder(path: Path) -> Path:

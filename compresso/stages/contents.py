@@ -53,6 +53,13 @@ def is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether it is a GGUF file, or a directory with one and no other weights."""
+    if path.is_file():
+        return path.suffix == GGUF
+    return not is_checkpoint(path) and any(path.glob(f"*{GGUF}"))
+
+
 def shortened(names: Iterable[str]) -> list[str]:
     """The names, `*` for a number in one, and how many names that stands for."""
     counts = Counter(BLOCK.sub("*", name) for name in names)

@@ -78,10 +78,12 @@ def evaluate(
     settings: EvalSettings = step.settings
     report = Report()
     checkpoints = _checkpoints(source, settings, report)
+    # First, as it needs the memory, and to say soon if there is no task, or no text for it.
+    achieved = [_tasks(one, settings, runtime) if settings.tasks else {} for _, one in checkpoints]
     original = _walk(checkpoints[0], calibration, target, runtime)
     tokenizer = Tokenizer.open(source, trust_remote_code=runtime.trust_remote_code)
     prompt = _sample_prompt(settings, tokenizer, calibration)
-    for name, checkpoint in checkpoints:
+    for (name, checkpoint), answers in zip(checkpoints, achieved, strict=True):
         compared = original
         if checkpoint is not original.source:
             compared = _walk((name, checkpoint), calibration, target, runtime)
@@ -90,9 +92,7 @@ def evaluate(
         row |= _quality(original, compared, calibration)
         if settings.speed:
             row |= _speed(checkpoint, calibration, prompt, tokenizer, runtime, report)
-        if settings.tasks:
-            row |= _tasks(checkpoint, settings, runtime)
-        report.rows.append(row)
+        report.rows.append(row | answers)
     if len(report.rows) > 1 or settings.against is None:
         report.summary = _summary(report.rows)
     report.summary["prompt"] = tokenizer.decode(prompt[0].tolist())

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from compresso.checkpoint.hub import place_of
 from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import ResourceError
 from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.models.adapter import ModelAdapter
 from compresso.models.structure import Structure
 from compresso.provenance import history, read_record
 from compresso.report import summary_table
 from compresso.runtime import format_bytes
-from compresso.runtimes.traits import runtimes_for, sentence
+from compresso.runtimes.table import Traits, known_runtimes, sentence
+from compresso.runtimes.traits import runtimes_for
+from compresso.stages.contents import contents_of, is_gguf
 
 MOST_NAMES_SHOWN = 10
+
+
+def inspect_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Everything there is to say about a model, as commands take it: a checkpoint, or GGUF.
+
+    Raises CheckpointError if there is none, or it is damaged.
+    """
+    path = place_of(name)
+    if is_gguf(path):
+        return _inspect_gguf(path)
+    return inspect_checkpoint(Checkpoint(path), trust_remote_code=trust_remote_code)
+
+
+def _inspect_gguf(path: Path) -> dict[str, Any]:
+    """The same of a GGUF file, or a directory with one; its tensors by how they are stored."""
+    stored = contents_of(path)
+    if not stored:
+        raise ResourceError(
+            f"`{path}` cannot be read without package `gguf`",
+            hint="pip install 'compresso-llm[gguf]'",
+        )
+    counts: dict[str, list[int]] = {}
+    for tensor in stored:
+        counts.setdefault(tensor.kind, []).append(tensor.nbytes)
+    return {
+        "path": str(path),
+        "stored_bytes": sum(tensor.nbytes for tensor in stored),
+        "tensors": len(stored),
+        "stored": {kind: {"tensors": len(n), "bytes": sum(n)} for kind, n in counts.items()},
+        "runtimes": known_runtimes(Traits("gguf")),
+        "history": _history(path.parent if path.is_file() else path),
+    }
 
 
 def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -42,7 +79,7 @@ def inspect_checkpoint(source: Checkpoint, *, trust_remote_code: bool = False) -
         **_adapter(source),
         "left_out_files": source.left_out_files(),
         "runtimes": runtimes_for(source),
-        "history": _history(source),
+        "history": _history(source.path),
     }
     if found["supported"]:
         found |= _structure(source, trust_remote_code=trust_remote_code)
@@ -59,13 +96,16 @@ def print_inspection(found: dict[str, Any]) -> None:
         names = found.get(key, [])
         if len(names) > MOST_NAMES_SHOWN:
             shown[key] = [*names[:MOST_NAMES_SHOWN], f"and {len(names) - MOST_NAMES_SHOWN} more"]
-    shown |= _packed_rows(found["packed"])
+    for kind, entry in found.get("stored", {}).items():
+        size = format_bytes(entry["bytes"])
+        shown[f"stored as {kind}"] = f"{entry['tensors']} tensors, {size}"
+    shown |= _packed_rows(found.get("packed", []))
     if adapter := found.get("adapter"):
         low, high = adapter["lowest_rank"], adapter["highest_rank"]
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         size = format_bytes(adapter["bytes"])
         shown["adapter"] = f"{adapter['linears']} linears, {ranks}, {size}"
-    if not found["packed"]:
+    if found.get("packed") == []:
         shown["packed"] = "none: all weights are dense"
     console.print(summary_table(shown, "checkpoint"))
     known = {name: sentence(one) for name, one in found["runtimes"].items()}
@@ -163,8 +203,8 @@ def _packed_rows(entries: list[dict[str, Any]]) -> dict[str, str]:
     return {row: "; ".join(words) for row, words in rows.items()}
 
 
-def _history(source: Checkpoint) -> list[dict[str, Any]]:
-    """The stages that made it, the first one first."""
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The stages that made what is in a folder, the first one first."""
     return [
         {
             "stage": record["step"]["stage"],
@@ -175,5 +215,5 @@ def _history(source: Checkpoint) -> list[dict[str, Any]]:
             "created": record["created"],
             "versions": record["versions"],
         }
-        for record in history(read_record(source.path))
+        for record in history(read_record(folder))
     ]

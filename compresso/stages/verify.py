@@ -12,7 +12,7 @@ from rich.console import Console
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.replay import fingerprint_of
 from compresso.checkpoint.checksums import CHECKSUMS, altered
-from compresso.checkpoint.hub import resolve
+from compresso.checkpoint.hub import place_of
 from compresso.checkpoint.proof import TOLERANCE, Fingerprint, prove
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, GateError
@@ -42,8 +42,7 @@ def verify(name: str, runtimes: list[str], runtime: Runtime) -> dict[str, Any]:
     `changed` and `gone`. Raises CheckpointError if there is no model, and
     ResourceError if a runtime that was asked for is not installed.
     """
-    file = Path(name).expanduser()
-    path = file if file.is_file() else resolve(name)
+    path = place_of(name)
     folder = path.parent if path.is_file() else path
     engines = _chosen(path, runtimes)
     record = read_record(folder)

@@ -20,8 +20,8 @@ from compresso import registry
 from compresso.checkpoint.layout import Scheme, pack, quantization_config
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.structure import Structure
-from compresso.runtimes.table import RUNTIMES, Traits, row_for, table
-from compresso.runtimes.traits import runtimes_for, sentence, traits_of
+from compresso.runtimes.table import RUNTIMES, Traits, row_for, sentence, table
+from compresso.runtimes.traits import runtimes_for, traits_of
 
 ROOT = Path(__file__).parents[2]
 USUAL = {"method": "rtn", "bits": 4, "group_size": 32}

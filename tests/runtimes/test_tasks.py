@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import io
 import json
 import keyword
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,35 @@ def test_no_such_task(model, here, monkeypatch):
     with pytest.raises(ConfigError, match="there is no task `stdlib_clozes`") as caught:
         tasks._work(path=str(model), names=["stdlib_clozes"], threads=1, **options)
     assert "stdlib_cloze" in caught.value.hint
+
+
+def test_a_task_of_lm_eval_is_found_without_its_list(monkeypatch):
+    def no_list(include_path, include_defaults):
+        assert not include_defaults
+        return argparse.Namespace(all_tasks=[Path(place).name for place in include_path])
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", no_list)
+    assert tasks._find_all(["hellaswag"])[1] == ["hellaswag"]
+    assert tasks._folder("hellaswag").name == "hellaswag" and tasks._folder("hellaswa*") is None
+    assert tasks._folder("mmlu_group_of_none") is None
+
+
+def test_names_are_checked_before_anything_is_run(model, monkeypatch, capsys, tmp_path):
+    looked = []
+
+    def no(code, job, **_):
+        looked.append((code, job))
+        raise ConfigError("there is no task `hellaswagg`")
+
+    monkeypatch.setattr(tasks, "apart", no)
+    tasks.check_tasks(["stdlib_cloze", "hellaswag"])
+    assert not looked
+    runtime = make_runtime(RuntimeSettings(device="cpu"))
+    step, *rest = evaluation(model, tasks=["hellaswagg", "stdlib_cloze"])
+    with pytest.raises(ConfigError, match="there is no task `hellaswagg`"):
+        run_step(step, *rest, tmp_path / "a", runtime)
+    assert looked == [("compresso.runtimes.tasks:_find", {"names": ["hellaswagg"]})]
+    assert "looking for `hellaswagg` in all of lm-eval's tasks" in capsys.readouterr().err
 
 
 def test_questions_that_cannot_be_had(model, file, here, tmp_path):

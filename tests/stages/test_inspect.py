@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from coding import affine, save_coded, vector
+from exporting import run_export
 from restructured import STRUCTURES
 from tiny_models import BLOCKS, build
 
-from compresso.stages.inspect import inspect_checkpoint, print_inspection
+from compresso.stages.inspect import inspect_checkpoint, inspect_model, print_inspection
 
 
 def test_codes_are_counted_by_kind(tmp_path, capsys):
@@ -42,3 +43,18 @@ def test_codes_of_blocks_that_are_not_whole(tmp_path):
 def test_dense_checkpoints_have_no_packed_linears(checkpoints):
     found = inspect_checkpoint(checkpoints("llama"))
     assert found["packed"] == [] and "packed_bits_per_weight" not in found
+
+
+def test_gguf(checkpoints, tmp_path, capsys):
+    run_export(checkpoints("llama"), tmp_path / "out", "gguf", verify=False)
+    found = inspect_model(str(tmp_path / "out"))
+    file = next((tmp_path / "out").glob("*.gguf"))
+    assert inspect_model(str(file)) == found | {"path": str(file)}
+    assert found["stored_bytes"] == sum(one["bytes"] for one in found["stored"].values())
+    assert found["tensors"] == sum(one["tensors"] for one in found["stored"].values())
+    assert found["runtimes"]["llama.cpp"]["loads"] == "packed"
+    assert found["runtimes"]["vllm"]["loads"] == "no"
+    assert [one["method"] for one in found["history"]] == ["gguf"]
+    print_inspection(found)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "stored as F32" in shown and "made by 1. export gguf" in shown
