@@ -47,8 +47,8 @@ def as_our_own(config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"`block_configs` in config.json cannot be read: {error}") from None
     if not alike or not whole:
         raise CheckpointError(
-            f"the blocks of this `{MODEL_TYPE}` have MLPs or heads of several sizes, which compresso"
-            " cannot read",
+            f"the blocks of this `{MODEL_TYPE}` have MLPs or heads of several sizes, which"
+            " compresso cannot read",
             hint="it reads what `compresso export --format decilm` writes",
         )
     new = {name: value for name, value in config.items() if name not in OWN}
