@@ -25,6 +25,8 @@ from compresso.models.tokenizer import Tokenizer
 
 ALIGNMENT = 32
 ROPE_FACTORS = "rope_freqs.weight"
+# Fields of yarn -> what llama.cpp takes them to be, whatever a file says, in the families here.
+YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 
 
 class GgufFile:
@@ -140,7 +142,9 @@ def describe_rope(file: GgufFile, plan: Plan, config: Any, frequencies: Tensor |
     if kind == "linear":
         header.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         header.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn" and not set(rope) & {"mscale", "mscale_all_dim", "truncate"}:
+    # llama.cpp rotates all blocks by yarn, those with a window included.
+    elif kind == "yarn" and plan.arch != "gemma3":
+        _check_yarn(rope, plan)
         header.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         header.add_rope_scaling_factor(rope["factor"])
         old = rope.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -156,14 +160,19 @@ def describe_rope(file: GgufFile, plan: Plan, config: Any, frequencies: Tensor |
         raise ConfigError(f"llama.cpp rotates whole heads in `{plan.arch}`, this model a part")
 
 
+def _check_yarn(rope: dict[str, Any], plan: Plan) -> None:
+    for field, known in YARN.items():
+        if rope.get(field) not in (None, known):
+            raise ConfigError(
+                f"llama.cpp takes `{field}` of `rope_type` `yarn` to be {known} in `{plan.arch}`,"
+                f" but it is {rope[field]}"
+            )
+
+
 def _yarn(header: Any, rope: dict[str, Any]) -> None:
-    """What is not as llama.cpp takes it to be where nothing is said."""
-    factor = rope["factor"]
-    usual = 0.1 * math.log(factor) + 1.0
-    given = rope.get("attention_factor") or usual
-    header.add_rope_scaling_yarn_attn_factor(given / usual)
-    header.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-    header.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
+    """What llama.cpp multiplies the scale that it takes from the factor by."""
+    usual = 0.1 * math.log(rope["factor"]) + 1.0
+    header.add_rope_scaling_attn_factors((rope.get("attention_factor") or usual) / usual)
 
 
 def describe_tokens(
@@ -204,6 +213,7 @@ def _ends(source: Checkpoint) -> list[int]:
     """The tokens that end a text, of which an instructed model has several."""
     path = source.path / "generation_config.json"
     given = read_json(path).get("eos_token_id") if path.is_file() else None
+    given = given or source.config.get("eos_token_id")
     return list(given) if isinstance(given, list) else []
 
 

@@ -15,6 +15,11 @@ from compresso.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
+# What may be done to text before it is split: compose marks, which is warned of where it shows; put
+# a space in front, and show spaces as what they are in tokens.
+COMPOSED = ("NFC",)
+SPACED = ("NFC", "Prepend", "Replace")
+SPACES = ({"String": " "}, SPACE)
 # Where nothing merges to a token: below the score of every merge.
 UNREACHED = -1e9
 
@@ -80,8 +85,12 @@ def read_vocabulary(tokenizer: dict[str, Any], size: int, *, pre: str | None) ->
     ids |= {content: token["id"] for content, token in added.items()}
     if max(ids.values()) >= size:
         raise CheckpointError(
-            f"the tokenizer has the token {max(ids.values())}, but the model only {size} tokens"
+            f"the tokenizer has the token {max(ids.values())}, but the model only {size} tokens",
+            hint="take what was added from the tokenizer, or pass `--no-tokenizer` for a file that"
+            " takes token ids alone",
         )
+    if pre is None:
+        _check_normalizer(tokenizer, SPACED if model.get("byte_fallback") else COMPOSED)
     if model.get("byte_fallback"):
         return _characters(tokenizer, ids, added, size)
     found = pre or _pre_tokenizer(tokenizer)
@@ -91,6 +100,15 @@ def read_vocabulary(tokenizer: dict[str, Any], size: int, *, pre: str | None) ->
         types[index] = _type(added[content]) if content in added else NORMAL
     merges = [" ".join(_visible(part) for part in pair) for pair in _merges(model)]
     return Vocabulary("gpt2", found, tokens, types, merges=merges)
+
+
+def _check_normalizer(tokenizer: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raises CheckpointError if text is changed, before it is split, as llama.cpp does not."""
+    for step in _steps(tokenizer.get("normalizer"), "normalizers"):
+        kind = step["type"]
+        replaces = kind == "Replace" and (step["pattern"], step["content"]) != SPACES
+        if kind not in known or replaces:
+            raise _unknown(f"it changes text by `{kind}`")
 
 
 def _characters(

@@ -34,7 +34,7 @@ def refuse_transposed(adapter: ModelAdapter, name: str) -> None:
         raise ConfigError(
             f"the linears of `{adapter.config.model_type}` are stored transposed, which `{name}`"
             " cannot express",
-            hint="pass `--format dense`",
+            hint="pass `--format bitsandbytes` or `--format dense`",
         )
 
 

@@ -104,16 +104,23 @@ def plan(
     found = matrices(model, adapter)
     refuse_inexact_merge(model, found)
     wanted: dict[str, Scheme] = {}
+    odd: list[str] = []
     for matrix in found:
         if matrix.part == "embedding" or (matrix.part == "head" and not head):
             continue
-        if matrix.rows % WORD or matrix.columns % WORD:
-            continue
         bits = settings.bits if matrix.part == "linear" else getattr(settings, "lm_head_bits", None)
+        if matrix.rows % WORD or matrix.columns % WORD:
+            odd += [matrix.path] * (bits is not None)
+            continue
         scheme = scheme_of(model, matrix.path) or rounded_as(matrix, bits, settings)
         if scheme is not None:
             wanted[matrix.path] = scheme
     refuse_none(wanted, model, name)
+    if odd:
+        export.report.warnings.append(
+            f"{len(odd)} linears stay dense, as {WORD} does not divide their rows and columns,"
+            f" first `{odd[0]}`"
+        )
     if groups is not None:
         wanted = {path: _regrouped(path, own, name, groups) for path, own in wanted.items()}
     if one:

@@ -103,12 +103,18 @@ def tokenize(path: Path, texts: list[str]) -> list[list[int]]:
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
-    """GGUF files at `path`: of models, and of corrections to them."""
-    if path.is_file():
-        return ([path] if path.suffix == ENDING else []), []
-    found = sorted(path.glob(f"*{ENDING}"))
+    """GGUF files at `path`: of models, and of corrections to them.
+
+    Those beside a file are its own if it is the only model there, as an export's is.
+    """
+    folder = path.parent if path.is_file() else path
+    found = sorted(folder.glob(f"*{ENDING}"))
     models = [file for file in found if not file.name.startswith(LORA)]
-    return models, [file for file in found if file not in models]
+    corrections = [file for file in found if file not in models]
+    if path.is_file():
+        own = corrections if models == [path] else []
+        return ([path] if path.suffix == ENDING else []), own
+    return models, corrections
 
 
 def the_files(path: Path) -> tuple[Path, list[Path]]:

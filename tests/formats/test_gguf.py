@@ -155,6 +155,29 @@ REFUSED = {
         },
         "rotates whole heads",
     ),
+    "a rotation of other speeds": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "beta_slow": 2,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "takes `beta_slow` of `rope_type` `yarn` to be 1 in `llama`, but it is 2",
+    ),
+    "a rotation of blocks without a window": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        "as `rope_type` `yarn` does in `gemma3`",
+    ),
     "a rotation": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

@@ -189,6 +189,45 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(name):
     assert "--no-tokenizer" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "kind"),
+    [
+        (normalizers.Lowercase(), "Lowercase"),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Replace("a", "b")]), "Replace"),
+        (normalizers.NFC(), None),
+    ],
+)
+def test_text_that_is_changed_before_it_is_split(normalizer, kind):
+    """Which llama.cpp does not do: without it here to find out, nobody would have noticed."""
+    tokenizer = bytes_with(("gpt2",))
+    tokenizer.normalizer = normalizer
+    content = json.loads(tokenizer.to_str())
+    assert read_vocabulary(content, SIZE, pre="gpt-2").pre == "gpt-2"
+    if kind is None:
+        assert read_vocabulary(content, SIZE, pre=None).pre == "gpt-2"
+        return
+    with pytest.raises(CheckpointError, match=f"it changes text by `{kind}`"):
+        read_vocabulary(content, SIZE, pre=None)
+
+
+def test_the_spaces_of_characters_are_no_change():
+    for prefix in (True, False):
+        content = json.loads(characters(prefix=prefix).to_str())
+        assert read_vocabulary(content, SIZE, pre=None).space_prefix is prefix
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_second_token_that_ends_a_text(name, tmp_path):
+    """Instructed models have several, and say so in either file."""
+    source, wrapped = checkpoint(bytes_with(("gpt2",)), tmp_path / "source")
+    file = tmp_path / "source" / name
+    (tmp_path / "source" / "generation_config.json").unlink()
+    values = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(values | {"eos_token_id": [wrapped.eos_token_id, 7]}))
+    run_export(Checkpoint(source.path), tmp_path / "out", "gguf", verify=False)
+    assert fields(tmp_path / "out")["tokenizer.ggml.eot_token_id"] == 7
+
+
 def test_a_tokenizer_in_python_alone_is_refused():
     with pytest.raises(CheckpointError, match="it is a `object`"):
         tokenizer_json(object())
@@ -208,5 +247,6 @@ def test_the_name_of_a_split_can_be_given():
 
 def test_more_tokens_than_the_model_has_are_refused():
     tokenizer = json.loads(bytes_with(("gpt2",)).to_str())
-    with pytest.raises(CheckpointError, match="only 8 tokens"):
+    with pytest.raises(CheckpointError, match="only 8 tokens") as refused:
         read_vocabulary(tokenizer, 8, pre=None)
+    assert "--no-tokenizer" in refused.value.hint

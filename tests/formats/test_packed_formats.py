@@ -267,3 +267,11 @@ def test_blocks_that_bitsandbytes_decodes_wrongly(tmp_path):
 def test_linears_that_are_turned_in_bitsandbytes(tmp_path):
     outcome = run_export(stock("gpt2", tmp_path / "x"), tmp_path / "out", "bitsandbytes")
     assert outcome.report.summary["proved"].startswith("in transformers")
+
+
+def test_linears_that_words_do_not_divide(tmp_path):
+    """They stay dense, which whoever asked for codes is told."""
+    source = stock("gemma3_text", tmp_path / "x", dtype=torch.bfloat16)
+    outcome = run_export(source, tmp_path / "out", "gptq", bits=4, group_size=32, verify=False)
+    (warning,) = (line for line in outcome.report.warnings if "stay dense" in line)
+    assert warning.startswith("4 linears") and "layers.0.self_attn.k_proj" in warning

@@ -43,6 +43,20 @@ def test_two_models_in_a_folder_are_one_too_many(folder, tmp_path):
         llama_cpp.logits(tmp_path, PROMPT)
 
 
+def test_corrections_beside_a_file_are_its_own(folder, tmp_path, monkeypatch):
+    """Named by its file or by its folder, an export with an adapter is the same model."""
+    jobs = []
+    monkeypatch.setattr(llama_cpp, "apart", lambda code, job, **_: jobs.append(job))
+    for name in ("model.gguf", "lora.gguf"):
+        shutil.copy(folder / "model.gguf", tmp_path / name)
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        llama_cpp.logits(path, PROMPT)
+    assert jobs[0] == jobs[1] and jobs[0]["corrections"] == [str(tmp_path / "lora.gguf")]
+    shutil.copy(folder / "model.gguf", tmp_path / "other.gguf")
+    llama_cpp.logits(tmp_path / "model.gguf", PROMPT)
+    assert jobs[2]["corrections"] == []
+
+
 def test_llama_cpp_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_package")
     assert "pip install 'compresso-llm[gguf]'" in llama_cpp.missing()
