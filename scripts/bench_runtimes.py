@@ -66,10 +66,13 @@ FORMATS = {
     "gguf iq2_xs": "gguf --type iq2_xs",
 }
 ROUNDING = ("gguf q8_0", "gguf q4_k_m", "gguf iq2_xs")  # tried with dense weights alone
+# Of a model with codes: weights that are dense, or the same codes again. Proved, but not timed.
+REPEATED = ("dense", "compressed-tensors", "decilm")
 READ_TEXT = ("fold", "gptq", "eora", "iq2_xs")
 TEXT = ("--nsamples", "32", "--seqlen", "512")
 RUNTIMES = ("transformers", "llama.cpp")
-PACKAGE_MISSING, BUG = 5, 70  # exit codes
+NEW_TOKENS = "32"
+NO_PACKAGE, BUG, INTERRUPTED = 5, 70, 130  # exit codes
 
 
 class Outcome(NamedTuple):
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="what names of models start with")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 leaves it for later")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "runtimes.json"
@@ -151,7 +154,11 @@ def measure(
             continue
         if FORMATS[chosen] is None and not model.steps:  # the original
             continue
-        if rows.get(key, {}).get("open", True):
+        if rows.get(key, {}).get("open", True) or (
+            "refused" not in rows[key]
+            and "decode" not in rows[key]
+            and timing(model, chosen, options)
+        ):
             wanted[key] = chosen
     if not wanted:
         return {}
@@ -162,18 +169,20 @@ def measure(
             found[key] = {"refused": refused, "open": False}
             continue
         path, found[key] = prove(source, chosen, options)
-        if "difference" in found[key]:
+        if "difference" in found[key] and timing(model, chosen, options):
             paths[key] = path
-    if not options.families:
-        for runtime in RUNTIMES:
-            chosen_paths = {
-                key: path
-                for key, path in paths.items()
-                if found[key]["runtime"].startswith(runtime)
-            }
-            for key, speed in timed(runtime, chosen_paths, model.base, options).items():
-                found[key] |= speed
+    for runtime in RUNTIMES:
+        here = {k: path for k, path in paths.items() if found[k]["runtime"].startswith(runtime)}
+        for key, speed in timed(runtime, here, model.base, options).items():
+            found[key] |= speed
     return found
+
+
+def timing(model: Model, chosen: str, options: argparse.Namespace) -> bool:
+    """Whether an export is to be timed."""
+    if options.families or not options.rounds:
+        return False
+    return model.name.endswith("16 bits") or chosen not in REPEATED
 
 
 def make(model: Model, options: argparse.Namespace) -> tuple[str, str | None]:
@@ -202,14 +211,10 @@ def prove(source: str, chosen: str, options: argparse.Namespace) -> tuple[Path, 
         more = text(given, "export", options)
         if options.families and method == "gguf":
             more.append("--no-tokenizer")
-        done = compresso(
-            *("export", source, "--format", method, "-o", str(path)), *given, *more, "--fresh"
-        )
-        if done.code:
-            reason = said(done, source)
-            return path, {"refused": reason, "open": done.code in (PACKAGE_MISSING, BUG)}
-    record = json.loads((path / "compresso.json").read_text())
-    proof = record.get("proof")
+        command = ["export", source, "--format", method, "-o", str(path), *given, *more, "--fresh"]
+        if not proved(path) and (done := compresso(*command)).code:
+            return path, {"refused": said(done, source), "open": done.code in (NO_PACKAGE, BUG)}
+    proof, record = proved(path), json.loads((path / "compresso.json").read_text())
     if not proof:
         return path, {"refused": "was not proved", "open": True}
     runtime = proof.get("runtime", f"transformers {record['versions']['transformers']}")
@@ -218,6 +223,13 @@ def prove(source: str, chosen: str, options: argparse.Namespace) -> tuple[Path, 
     if "kl_to_model" in (summary := record.get("report", {}).get("summary", {})):
         found["kl"] = summary["kl_to_model"]
     return path, found | claimed(path)
+
+
+def proved(path: Path) -> dict[str, Any] | None:
+    """What the proof found when it was written; None if it was not, or could not be proved."""
+    record = path / "compresso.json"
+    found = json.loads(record.read_text()) if record.exists() else {}
+    return found.get("proof")
 
 
 def loaders(path: Path) -> list[str]:
@@ -250,7 +262,7 @@ def timed(
         return {}
     done = compresso(
         *("bench", *map(str, paths.values()), "--runtime", runtime, "--json"),
-        *("--trust-remote-code", "--rounds", str(options.rounds)),
+        *("--trust-remote-code", "--rounds", str(options.rounds), "--new-tokens", NEW_TOKENS),
     )
     if done.code:
         return {key: {"untimed": said(done, base)} for key in paths}
@@ -284,13 +296,17 @@ def compresso(*words: str) -> Outcome:
         return Outcome(BUG, "", traceback.format_exc(limit=-2))
     finally:
         sys.argv = given
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def said(done: Outcome, source: str) -> str:
     """The error of a command, in a line that says nothing of one machine or linear."""
     found = done.stderr.rpartition("error: ")[2].partition("\nhint: ")[0]
-    found = " ".join(found.split()).replace(f"`{source}`", "the model")
+    found = re.sub(
+        r"`/[^`]*`", "the model", " ".join(found.split()).replace(f"`{source}`", "the model")
+    )
     return re.sub(r"`model\.[a-z]*\.\d+\.[^`]*`", "a linear", found)
 
 
