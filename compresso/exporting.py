@@ -59,7 +59,9 @@ def finish_export(
         report.summary |= distance(report.fingerprint, own)
         report.fingerprint = own
     dtype = report.fingerprint.dtype or runtime.compute_dtype(source.dtype)
-    report.fingerprint = replace(report.fingerprint, dtype=dtype, tolerance=written.tolerance)
+    report.fingerprint = replace(
+        report.fingerprint.up_to(written.longest), dtype=dtype, tolerance=written.tolerance
+    )
     record |= {"fingerprint": report.fingerprint.to_json(), "carried": written.carried}
     found = _prove(source, step, report, writer, runtime)
     return record | ({} if found is None else {"proof": found})

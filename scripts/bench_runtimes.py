@@ -1,47 +1,57 @@
 """Measure what loads where: kinds of models, bits and formats, each in the runtime it is for.
 
     python scripts/bench_runtimes.py --out DIR [--model DIR] [--dataset FILE] [--only NAME ...]
+    python scripts/bench_runtimes.py --out DIR --families
 
 Every model is made and exported by `compresso`, and loaded by the runtime of its format, which has
-to say what compresso says of the same tokens; then it is timed beside its original. A cell without
-an answer says why. Runs with whatever is installed beside this interpreter: run it once in every
-environment (one has llama.cpp, another gptqmodel), and what was not measured before is added.
-Everything stays in DIR, so a run that was stopped goes on. Writes runtimes.json and runtimes.md.
+to say what compresso says of the same tokens; then all exports of a model are timed in turns with
+its original. What is refused says why. `--families` does it with a tiny random model of every
+family, without the times, which would say nothing.
+
+Runs with whatever is installed beside this interpreter: run it once in every environment (one has
+gptqmodel, another auto-round), and what was not measured before is added. Everything stays in DIR,
+so a run that was stopped goes on. Writes runtimes.json and runtimes.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import subprocess
+import re
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-MIXED = "quantize --method gptq --target-bits 3.25 --group-size 64"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 STRUCTURES = {
     "dense": [],
     "whole blocks pruned": ["prune --method tail --ratio 0.2"],
     "halves pruned": ["prune --method manual --drop a2,m3"],
     "folded": ["fold --method foldgpt --max-group 2 --ratio 0.2"],
 }
+FOUR = "quantize --method rtn --bits 4 --group-size 32"
 BITS = {
     "16 bits": [],
     "8 bits, g32": ["quantize --method rtn --bits 8 --group-size 32"],
-    "4 bits, g32": ["quantize --method rtn --bits 4 --group-size 32"],
-    "4 bits, g32, asymmetric": ["quantize --method rtn --bits 4 --group-size 32 --asym"],
+    "4 bits, g32": [FOUR],
+    "4 bits, g32, asymmetric": [f"{FOUR} --asym"],
     "3 bits, g64": ["quantize --method rtn --bits 3 --group-size 64"],
     "3 bits, g256": ["quantize --method rtn --bits 3 --group-size 256"],
     "2 bits, g256": ["quantize --method rtn --bits 2 --group-size 256"],
-    "3.25 bits, mixed": [MIXED],
+    "mixed, 3.25 bits": ["quantize --method rtn --target-bits 3.25 --group-size 64"],
+    "mixed, 3.25 bits, asymmetric": [
+        "quantize --method rtn --target-bits 3.25 --group-size 64 --asym"
+    ],
     "2 bits, vectors": ["quantize --method higgs --bits 2"],
     "nf4": ["quantize --method nf4"],
-    "4 bits, g32, with adapter": [
-        "quantize --method rtn --bits 4 --group-size 32",
-        "compensate --method eora --rank 8",
-    ],
+    "4 bits, g32, with adapter": [FOUR, "compensate --method eora --rank 8"],
 }
-EVERYWHERE = ("16 bits", "4 bits, g32")  # of the kinds that are not plain
+EVERYWHERE = ("16 bits", "4 bits, g32")  # of the kinds that are not plain, and the tiny ones
 FORMATS = {
     "as it is": None,
     "dense": "dense",
@@ -51,127 +61,288 @@ FORMATS = {
     "bitsandbytes nf4": "bitsandbytes",
     "decilm": "decilm",
     "gguf": "gguf",
+    "gguf q8_0": "gguf --type q8_0",
     "gguf q4_k_m": "gguf --type q4_k_m",
     "gguf iq2_xs": "gguf --type iq2_xs",
 }
+ROUNDING = ("gguf q8_0", "gguf q4_k_m", "gguf iq2_xs")  # tried with dense weights alone
+# Of a model with codes: weights that are dense, or the same codes again. Proved, but not timed.
+REPEATED = ("dense", "compressed-tensors", "decilm")
 READ_TEXT = ("fold", "gptq", "eora", "iq2_xs")
-NOTHING = "was not proved"
+TEXT = ("--nsamples", "32", "--seqlen", "512")
+RUNTIMES = ("transformers", "llama.cpp")
+NEW_TOKENS = "32"
+NO_PACKAGE, BUG, INTERRUPTED = 5, 70, 130  # exit codes
+
+
+class Outcome(NamedTuple):
+    """Of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """name: in the table. base: what it is made of. steps: the commands that make it."""
+
+    name: str
+    base: str
+    steps: list[str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="reference")
+    parser.add_argument("--families", action="store_true", help="tiny random models instead")
     parser.add_argument("--dataset", default="stdlib", help="text, where a method reads any")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="what names of models start with")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 leaves it for later")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "runtimes.json"
     rows: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
-    for name, steps in models().items():
-        if options.only and not name.startswith(tuple(options.only)):
+    for model in families(options.out) if options.families else models(options.model):
+        if options.only and not model.name.startswith(tuple(options.only)):
             continue
-        source = make(name, steps, options)
-        for chosen in options.formats:
-            key = f"{name} | {chosen}"
-            if rows.get(key, {}).get("open", True):
-                rows[key] = measure(source, chosen, options)
-                print(line(key, rows[key]), flush=True)
-                results.write_text(json.dumps(rows, indent=1))
+        found = measure(model, rows, options)
+        rows |= found
+        for key, row in found.items():
+            print(line(key, row), flush=True)
+        results.write_text(json.dumps(rows, indent=1))
     (options.out / "runtimes.md").write_text(table(rows))
 
 
-def models() -> dict[str, list[str]]:
-    """Name -> the steps that make it."""
-    return {
-        f"{kind}, {bits}": [*made, *coded]
+def models(base: str) -> list[Model]:
+    """Kinds of models made of one."""
+    return [
+        Model(f"{kind}, {bits}", base, [*made, *coded])
         for kind, made in STRUCTURES.items()
         for bits, coded in BITS.items()
         if kind == "dense" or bits in EVERYWHERE
-    }
+    ]
 
 
-def make(name: str, steps: list[str], options: argparse.Namespace) -> str:
-    """Where a model is, made if it is not there yet."""
-    source: str = options.model
-    for number in range(1, len(steps) + 1):
-        made = "-".join(" ".join(steps[:number]).replace("--", "").split())
-        target = options.out / "models" / made
-        if not target.exists():
-            stage, *given = steps[number - 1].split()
-            done = compresso(stage, source, "-o", str(target), *given, *text(given, stage, options))
-            if done.returncode:
-                raise SystemExit(f"{name}: {said(done)}")
-        source = str(target)
-    return source
+def families(out: Path) -> list[Model]:
+    """A tiny random model of every family, saved if it is not there yet, and its codes."""
+    sys.path.insert(0, str(TESTS))
+    import torch
+    from correcting import calm
+    from tiny_models import TINY_MODELS
+
+    for family in TINY_MODELS:
+        if not (out / "tiny" / family).exists():
+            calm(family, dtype=torch.bfloat16).save_pretrained(out / "tiny" / family)
+    return [
+        Model(f"{family}, {bits}", str(out / "tiny" / family), BITS[bits])
+        for family in TINY_MODELS
+        for bits in EVERYWHERE
+    ]
 
 
-def measure(source: str, chosen: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Export a model in a format, and time it; `open` if this interpreter could not prove it."""
-    path = Path(source)
-    if FORMATS[chosen] is None:
-        if source == options.model:
-            return {"refused": "the original", "open": False}
-    else:
-        method, *given = str(FORMATS[chosen]).split()
-        path = options.out / "exports" / f"{path.name}--{chosen.replace(' ', '-')}"
-        more = text(given, "export", options)
-        done = compresso(
-            *("export", source, "--format", method, "-o", str(path)), *given, *more, "--fresh"
-        )
-        if done.returncode:
-            return {"refused": said(done), "open": done.returncode == 5}
-    record = json.loads((path / "compresso.json").read_text())
-    if not (proof := record.get("proof")):
-        return {"refused": NOTHING, "open": True}
-    runtime = proof.get("runtime", f"transformers {record['versions']['transformers']}")
-    found = {"open": False, "runtime": runtime}
-    found |= {key: proof[key] for key in ("difference", "tolerance", "top_agreement")}
-    timed = compresso(
-        *("bench", str(path), "--runtime", runtime.split()[0], "--json", "--trust-remote-code"),
-        *("--rounds", str(options.rounds)),
-    )
-    if timed.returncode == 0:
-        row = json.loads(timed.stdout)["rows"][-1]
-        found |= {key: row[key] for key in ("prefill", "decode", "memory", "disk_bytes")}
+def measure(
+    model: Model, rows: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Rows of a model that were still open: proved, then timed side by side."""
+    wanted = {}
+    for chosen in options.formats:
+        key = f"{model.name} | {chosen}"
+        if chosen in ROUNDING and not model.name.endswith("16 bits"):
+            continue
+        if FORMATS[chosen] is None and not model.steps:  # the original
+            continue
+        if rows.get(key, {}).get("open", True) or (
+            "refused" not in rows[key]
+            and "decode" not in rows[key]
+            and timing(model, chosen, options)
+        ):
+            wanted[key] = chosen
+    if not wanted:
+        return {}
+    source, refused = make(model, options)
+    found, paths = {}, {}
+    for key, chosen in wanted.items():
+        if refused is not None:
+            found[key] = {"refused": refused, "open": False}
+            continue
+        path, found[key] = prove(source, chosen, options)
+        if "difference" in found[key] and timing(model, chosen, options):
+            paths[key] = path
+    for runtime in RUNTIMES:
+        here = {k: path for k, path in paths.items() if found[k]["runtime"].startswith(runtime)}
+        for key, speed in timed(runtime, here, model.base, options).items():
+            found[key] |= speed
     return found
+
+
+def timing(model: Model, chosen: str, options: argparse.Namespace) -> bool:
+    """Whether an export is to be timed."""
+    if options.families or not options.rounds:
+        return False
+    return model.name.endswith("16 bits") or chosen not in REPEATED
+
+
+def make(model: Model, options: argparse.Namespace) -> tuple[str, str | None]:
+    """Where a model is, made if it is not there yet; and why not, if it cannot be made."""
+    source = model.base
+    folder = options.out / "models" / (Path(source).name if options.families else "")
+    for number in range(1, len(model.steps) + 1):
+        made = "-".join(" ".join(model.steps[:number]).replace("--", "").split())
+        target = folder / made
+        if not target.exists():
+            stage, *given = model.steps[number - 1].split()
+            done = compresso(stage, source, "-o", str(target), *given, *text(given, stage, options))
+            if done.code:
+                return source, f"{stage}: {said(done, source)}"
+        source = str(target)
+    return source, None
+
+
+def prove(source: str, chosen: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Export a model in a format; `open` if this interpreter could not prove it."""
+    path = Path(source)
+    if FORMATS[chosen] is not None:
+        method, *given = str(FORMATS[chosen]).split()
+        folder = options.out / "exports" / (path.parent.name if options.families else "")
+        path = folder / f"{path.name}--{chosen.replace(' ', '-')}"
+        more = text(given, "export", options)
+        if options.families and method == "gguf":
+            more.append("--no-tokenizer")
+        command = ["export", source, "--format", method, "-o", str(path), *given, *more, "--fresh"]
+        if not proved(path) and (done := compresso(*command)).code:
+            return path, {"refused": said(done, source), "open": done.code in (NO_PACKAGE, BUG)}
+    proof, record = proved(path), json.loads((path / "compresso.json").read_text())
+    if not proof:
+        return path, {"refused": "was not proved", "open": True}
+    runtime = proof.get("runtime", f"transformers {record['versions']['transformers']}")
+    found = {"open": False, "runtime": " + ".join([runtime, *loaders(path)])}
+    found |= {key: proof[key] for key in ("difference", "tolerance", "top_agreement")}
+    if "kl_to_model" in (summary := record.get("report", {}).get("summary", {})):
+        found["kl"] = summary["kl_to_model"]
+    return path, found | claimed(path)
+
+
+def proved(path: Path) -> dict[str, Any] | None:
+    """What the proof found when it was written; None if it was not, or could not be proved."""
+    record = path / "compresso.json"
+    found = json.loads(record.read_text()) if record.exists() else {}
+    return found.get("proof")
+
+
+def loaders(path: Path) -> list[str]:
+    """Packages that transformers loads it with, and their versions."""
+    config = json.loads((path / "config.json").read_text()) if gguf_free(path) else {}
+    method = config.get("quantization_config", {}).get("quant_method", "")
+    packages = [{"gptq": "gptqmodel"}.get(method, method)] * (method != "")
+    packages += ["peft"] * (path / "adapter").exists()
+    known = [name for name in packages if name != "compresso"]
+    return [f"{name} {version(name)}" for name in known] + ["own code"] * ("auto_map" in config)
+
+
+def claimed(path: Path) -> dict[str, Any]:
+    """What `compresso inspect` says of its runtime: loads packed, dense or not at all."""
+    done = compresso("inspect", str(path), "--json")
+    if done.code:
+        return {"inspect": said(done, str(path))}
+    return {"inspect": {k: v["loads"] for k, v in json.loads(done.stdout)["runtimes"].items()}}
+
+
+def gguf_free(path: Path) -> bool:
+    return not list(path.glob("*.gguf"))
+
+
+def timed(
+    runtime: str, paths: dict[str, Path], base: str, options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Speeds in a runtime, measured in turns with the original."""
+    if not paths:
+        return {}
+    done = compresso(
+        *("bench", *map(str, paths.values()), "--runtime", runtime, "--json"),
+        *("--trust-remote-code", "--rounds", str(options.rounds), "--new-tokens", NEW_TOKENS),
+    )
+    if done.code:
+        return {key: {"untimed": said(done, base)} for key in paths}
+    first, *rest = json.loads(done.stdout)["rows"]
+    keys = ("prefill", "decode", "memory", "disk_bytes")
+    original = {f"original_{key}": first[key] for key in keys}
+    return {
+        key: {name: row[name] for name in keys} | original
+        for key, row in zip(paths, rest, strict=True)
+    }
 
 
 def text(given: list[str], stage: str, options: argparse.Namespace) -> list[str]:
     """The options that say what to read, if it reads."""
     reads = any(word in READ_TEXT for word in (stage, *given))
-    return ["--dataset", options.dataset, "--seqlen", "512"] if reads else []
+    return ["--dataset", options.dataset, *TEXT] if reads else []
 
 
-def compresso(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "compresso", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def compresso(*words: str) -> Outcome:
+    """Run a command here: to import torch for each would take longer than most of them do."""
+    from compresso.__main__ import main as run
+
+    out, err, given, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["compresso", *words]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            run()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except Exception:
+        return Outcome(BUG, "", traceback.format_exc(limit=-2))
+    finally:
+        sys.argv = given
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The error of a command, in a line."""
-    lines = [one for one in done.stderr.splitlines() if one.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else done.stderr.strip()[-300:]
+def said(done: Outcome, source: str) -> str:
+    """The error of a command, in a line that says nothing of one machine or linear."""
+    found = done.stderr.rpartition("error: ")[2].partition("\nhint: ")[0]
+    found = re.sub(
+        r"`/[^`]*`", "the model", " ".join(found.split()).replace(f"`{source}`", "the model")
+    )
+    return re.sub(r"`model\.[a-z]*\.\d+\.[^`]*`", "a linear", found)
 
 
 def line(key: str, row: dict[str, Any]) -> str:
     """One line of the table."""
     if "refused" in row:
-        return f"| {key} | - | {row['refused']} | | | | |"
-    equal = f"{row['difference']:.2g} of {row['tolerance']:.2g}, {row['top_agreement']:.0%}"
+        return f"| {key} | {row['refused']} |"
+    equal = f"{row['difference']:.2g} of {row['tolerance']:.2g} | {row['top_agreement']:.1%}"
+    cells = f"| {key} | {row['runtime']} | {equal} |"
     if "decode" not in row:
-        return f"| {key} | {row['runtime']} | {equal} | | | | |"
-    speed = f"{row['prefill']:.0f} | {row['decode']:.0f} | {row['memory'] / 1e6:.0f}"
-    return f"| {key} | {row['runtime']} | {equal} | {row['disk_bytes'] / 1e6:.2f} | {speed} |"
+        return f"{cells} {row.get('untimed', '')} | | | |"
+    size = f"{row['disk_bytes'] / 1e6:.1f}"
+    reads = f"{row['prefill']:,.0f} ({row['original_prefill']:,.0f})"
+    writes = f"{row['decode']:,.0f} ({row['original_decode']:,.0f})"
+    memory = f"{row['memory'] / 1e6:.0f} ({row['original_memory'] / 1e6:.0f})"
+    return f"{cells} {size} | {reads} | {writes} | {memory} |"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    head = "| model | format | runtime | largest difference of a logit, same top token | MB |"
-    lines = [f"{head} reads tokens/s | writes tokens/s | MB in memory |", "|---" * 8 + "|"]
-    return "\n".join([*lines, *(line(key, row) for key, row in rows.items())]) + "\n"
+    """Markdown: what loads, then what was refused, by reason."""
+    head = (
+        "| model | format | runtime | largest difference | same top token | MB | reads | writes |"
+    )
+    lines = [f"{head} MB in memory |", "|---" * 9 + "|"]
+    lines += [line(key, row) for key, row in rows.items() if "refused" not in row]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for key, row in rows.items():
+        if "refused" in row:
+            name, form = key.split(" | ")
+            refused.setdefault((form, row["refused"]), []).append(name)
+    forms: dict[tuple[str, str], list[str]] = {}
+    for (form, why), names in refused.items():
+        forms.setdefault(("; ".join(names), why), []).append(form)
+    lines += ["", "| model | format | refused, as |", "|---|---|---|"]
+    lines += [f"| {names} | {', '.join(of)} | {why} |" for (names, why), of in forms.items()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

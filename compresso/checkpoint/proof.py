@@ -52,6 +52,10 @@ class Fingerprint:
             values["dtype"] = str(self.dtype).removeprefix("torch.")
         return values if self.tolerance is None else {**values, "tolerance": self.tolerance}
 
+    def up_to(self, longest: int | None) -> Self:
+        """The same of the first `longest` tokens; of all for None."""
+        return replace(self, tokens=self.tokens[:, :longest], logits=self.logits[:, :longest])
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_json`, but for the logits that it leaves out."""

@@ -90,6 +90,7 @@ def write(export: Export) -> Written:
         runtime=llama_cpp.NAME,
         rows=rows,
         tolerance=CODES_TOLERANCE if codes else DENSE_TOLERANCE,
+        longest=plan.context,
         model=weights,
         corrected=bool(added),
     )

@@ -40,6 +40,7 @@ class Written:
     shipped:   whether code comes with it that its runtime has to be told to trust.
     tolerance: share of the largest logit that its runtime may be off by; None for what rounding
                to the type it is computed in comes to.
+    longest:   most tokens up to which it is the model, if those are fewer than the model takes.
     model:     reads as what is stored, if that is not what the source has; to prove it by.
     reread:    the same, where compresso can read what was written.
     adapter:   corrections that are to lie beside it, for PEFT, by path in transformers.
@@ -58,6 +59,7 @@ class Written:
     packages: dict[str, str] = field(default_factory=dict)
     shipped: bool = False
     tolerance: float | None = None
+    longest: int | None = None
     model: Checkpoint | None = None
     reread: bool = False
     adapter: dict[str, LowRank] = field(default_factory=dict)

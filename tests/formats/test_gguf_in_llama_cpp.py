@@ -95,6 +95,16 @@ def test_windows_that_llama_cpp_lacks_end_the_context(family, tmp_path):
     assert "no sliding windows" in record["report"]["warnings"][0]
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_the_proof_ends_where_the_context_does(family, tmp_path):
+    """After that, llama.cpp's is another model, as its user was warned."""
+    build(family).save_pretrained(tmp_path / "source")
+    run_export(Checkpoint(tmp_path / "source"), tmp_path / "out", "gguf")
+    record = json.loads((tmp_path / "out" / "compresso.json").read_text())
+    assert len(record["fingerprint"]["tokens"]) == 8
+    assert record["proof"]["difference"] < 1e-3
+
+
 @pytest.mark.parametrize("keep", [[0, 1, 3], [1, 2, 5]])
 def test_windows_stay_with_their_blocks_where_others_were_dropped(keep, tmp_path):
     model = build("gemma3_text")

@@ -1,15 +1,15 @@
 """Load checkpoints with plain transformers in another environment, and say what they say.
 
-Reads jobs from stdin, as JSON: a list of `path` and `out`. Writes for each, to `out`, logits of
-`TOKENS`, and prints a line of JSON with the load report, the class of a linear, and generated ids.
-An adapter beside a checkpoint is put on with PEFT. It runs where compresso is not installed.
+Reads jobs from stdin, as JSON: a list of `path`, `out`, `tokens`, and `adapter`, which PEFT puts on
+unless it is null. Writes for each, to `out`, logits of the tokens, and prints a line of JSON with
+the load report, the class of a linear, and generated ids; or with what PEFT refuses.
+It runs where compresso and its tests are not installed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -25,18 +25,22 @@ def answer(job):
     model, info = AutoModelForCausalLM.from_pretrained(
         job["path"], dtype="auto", output_loading_info=True
     )
-    if (adapter := Path(job["path"]) / "adapter").exists():
+    linear = type(model.model.layers[0].mlp.up_proj).__name__
+    if job["adapter"] is not None:
         from peft import PeftModel
 
-        PeftModel.from_pretrained(model, adapter)  # on the linears of this model
+        try:
+            model = PeftModel.from_pretrained(model, job["adapter"])
+        except ValueError as error:
+            return {"refused": str(error)}
     logits = model.eval()(input_ids=tokens).logits.float()
     save_file({"logits": logits.contiguous()}, job["out"])
     new = model.generate(
-        tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        input_ids=tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )
     return {
         "problems": {key: sorted(map(str, info[key])) for key in PROBLEMS if info[key]},
-        "linear": type(model.model.layers[0].mlp.up_proj).__name__,
+        "linear": linear,
         "generated": new[0, tokens.shape[1] :].tolist(),
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from compresso.calibration.replay import replay
 from compresso.checkpoint.gptq_layout import pack
 from compresso.checkpoint.reader import Checkpoint
+from compresso.errors import ConfigError
 from compresso.formats.uniform import TOLERANCE
 from compresso.models.structure import Structure
 
@@ -70,12 +72,20 @@ AUTO_ROUND = {
 }
 
 
-def answers(peer, paths, folder):
-    """What every checkpoint says in that environment: its report and its logits, by name."""
+def answers(peer, paths, folder, *, adapters=False):
+    """What every checkpoint says in that environment: its report and its logits, by name.
+
+    adapters: put on that which lies in each.
+    """
     python = ENVIRONMENTS / peer / "bin" / "python"
     assert python.exists(), f"no {python}: run `sh scripts/peers.sh`"
     jobs = [
-        {"path": str(path), "out": str(folder / f"{number}.out"), "tokens": PROBE[0].tolist()}
+        {
+            "path": str(path),
+            "out": str(folder / f"{number}.out"),
+            "tokens": PROBE[0].tolist(),
+            "adapter": str(path / "adapter") if adapters else None,
+        }
         for number, path in enumerate(paths.values())
     ]
     done = subprocess.run(
@@ -90,7 +100,7 @@ def answers(peer, paths, folder):
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line[7:] for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     return {
-        name: json.loads(line) | {"logits": load_file(job["out"])["logits"]}
+        name: json.loads(line) | (load_file(job["out"]) if Path(job["out"]).exists() else {})
         for name, line, job in zip(paths, said, jobs, strict=True)
     }
 
@@ -134,15 +144,6 @@ def test_gptq(tmp_path):
     check(made, answers("gptqmodel", {name: out for name, (_, out) in made.items()}, tmp_path))
 
 
-def test_an_adapter_goes_on_gptq(tmp_path, monkeypatch):
-    base = packed(tmp_path)
-    source = put_beside(base, tmp_path / "beside", corrections(base), monkeypatch)
-    run_export(source, tmp_path / "out", "gptq", verify=False)
-    said = answers("gptqmodel", {"adapter": tmp_path / "out"}, tmp_path)["adapter"]
-    assert close(said["logits"], ours(source.path), TOLERANCE)
-    assert not close(said["logits"], ours(base.path), TOLERANCE)
-
-
 def test_a_head_of_codes_is_lost(tmp_path):
     """Why none is written: it is left over, and the model has a random one."""
     source = packed(tmp_path, lm_head=True)
@@ -161,6 +162,32 @@ def test_a_head_of_codes_is_lost(tmp_path):
     said = answers("gptqmodel", {"head": tmp_path / "out"}, tmp_path)["head"]
     assert said["problems"]["missing_keys"] == ["lm_head.weight"]
     assert not close(said["logits"], ours(source.path), TOLERANCE)
+
+
+def adapted(path, monkeypatch):
+    """Codes with an adapter beside them."""
+    base = packed(path)
+    return put_beside(base, path / "beside", corrections(base), monkeypatch)
+
+
+def test_gptq_with_an_adapter(tmp_path, monkeypatch):
+    run_export(adapted(tmp_path, monkeypatch), tmp_path / "out", "gptq", verify=False)
+    made = {"out": tmp_path / "out"}
+    found = answers("gptqmodel", made, tmp_path, adapters=True)["out"]
+    assert close(found["logits"], ours(tmp_path / "out"), TOLERANCE)
+    assert not close(found["logits"], ours(tmp_path / "packed"), TOLERANCE)
+    assert len(found["generated"]) == 8
+
+
+def test_auto_round_takes_no_adapter(tmp_path, monkeypatch):
+    """Why an export to it refuses one."""
+    source = adapted(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="PEFT cannot put the adapter"):
+        run_export(source, tmp_path / "refused", "auto-round", verify=False)
+    run_export(Checkpoint(tmp_path / "packed"), tmp_path / "out", "auto-round", verify=False)
+    shutil.copytree(source.path / "adapter", tmp_path / "out" / "adapter")
+    found = answers("autoround", {"out": tmp_path / "out"}, tmp_path, adapters=True)["out"]
+    assert "is not supported" in found["refused"]
 
 
 def test_auto_round(tmp_path):

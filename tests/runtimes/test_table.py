@@ -17,6 +17,7 @@ from restructured import save
 from transformers import AutoModelForCausalLM
 
 from compresso import registry
+from compresso.calibration.replay import replay
 from compresso.checkpoint.layout import Scheme, pack, quantization_config
 from compresso.checkpoint.reader import Checkpoint
 from compresso.models.structure import Structure
@@ -229,3 +230,44 @@ def test_adapters(kind, tmp_path, monkeypatch):
     trained(input_ids=PROBE).logits.sum().backward()
     grads = [p.grad for n, p in trained.named_parameters() if "lora_B" in n]
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_adapters_on_mixed_codes(tmp_path, monkeypatch):
+    """PEFT puts one on only after the first pass, with which the codes are decoded."""
+    base = save_mixed(calm("llama"), tmp_path / "x")
+    assert "run once" in row_for("peft", traits_of(base)).note
+    source = put_beside(base, tmp_path / "beside", corrections(base), monkeypatch)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
+    with pytest.raises(AttributeError):
+        PeftModel.from_pretrained(model, source.path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto")
+    with torch.no_grad():
+        bare = model(input_ids=PROBE).logits
+        model = PeftModel.from_pretrained(model, source.path / "adapter")
+        assert not close(model(input_ids=PROBE).logits, bare)
+
+
+def gguf_logits(path):
+    """What transformers makes of a GGUF file."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        return model(input_ids=PROBE).logits
+
+
+def test_gguf(tmp_path):
+    dense = stock(tmp_path / "x", dtype=torch.bfloat16)
+    packed = run_quantize(dense, tmp_path / "packed", **USUAL)
+    for number, source in enumerate((dense, packed)):
+        run_export(source, tmp_path / str(number), "gguf", verify=False)
+        expected = replay(
+            source, PROBE, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=False
+        )
+        # Codes are not rounded to bfloat16 when they are decoded, as ours are.
+        assert close(gguf_logits(tmp_path / str(number)), expected, 0.01 if number else 1e-4)
+    own = save(calm("llama"), Structure(no_mlp=(1,)), tmp_path / "own")
+    run_export(own, tmp_path / "deci", "gguf", verify=False)
+    with pytest.raises(ValueError, match="deci"):
+        gguf_logits(tmp_path / "deci")
