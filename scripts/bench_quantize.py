@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from math import exp
 from pathlib import Path
@@ -23,12 +24,11 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from compresso import registry
+from compresso.calibration.replay import replay
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
 from compresso.errors import ConfigError
-from compresso.families import RESTRUCTURED
 
 WIDTHS, GROUPS = (2, 3, 4), (32, 64, 128)
 
@@ -149,10 +149,8 @@ def judge(path: Path, original: list[torch.Tensor], windows: torch.Tensor) -> di
     original: logarithms of probabilities after all tokens of each window but the last.
     """
     made = Checkpoint(path)
-    model = model_of(made)
     lost = divergence = 0.0
-    for row, expected in zip(windows, original, strict=True):
-        found = model(row[None]).logits[0, :-1].log_softmax(-1)
+    for row, expected, found in zip(windows, original, logarithms(made, windows), strict=True):
         lost += cross_entropy(found, row)
         divergence += float((expected.exp() * (expected - found)).sum(-1).mean())
     return {
@@ -164,29 +162,22 @@ def judge(path: Path, original: list[torch.Tensor], windows: torch.Tensor) -> di
 
 def scores(source: Checkpoint, windows: torch.Tensor) -> tuple[list[torch.Tensor], float]:
     """What `judge` compares with, and the mean loss of the original."""
-    model = model_of(source)
-    found = [model(row[None]).logits[0, :-1].log_softmax(-1) for row in windows]
+    found = list(logarithms(source, windows))
     losses = [cross_entropy(one, row) for one, row in zip(found, windows, strict=True)]
     return found, sum(losses) / len(losses)
+
+
+def logarithms(checkpoint: Checkpoint, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of the probabilities after all tokens of each window but the last, run in float32."""
+    place: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    for row in windows:
+        logits = replay(checkpoint, row[None], **place, trust_remote_code=True)
+        yield logits[0, :-1].log_softmax(-1)
 
 
 def cross_entropy(logarithms: torch.Tensor, window: torch.Tensor) -> float:
     """Of the next token, in nats. logarithms: of probabilities, after all tokens but the last."""
     return -float(logarithms.gather(-1, window[1:, None]).mean())
-
-
-def model_of(checkpoint: Checkpoint) -> Any:
-    """Its decoded weights in the stock model, in float32."""
-    others = ("model_type", "compresso", "auto_map", "quantization_config")
-    fields = {name: value for name, value in checkpoint.config.items() if name not in others}
-    stock = AutoConfig.for_model(
-        checkpoint.config["model_type"].removeprefix(RESTRUCTURED), **fields
-    )
-    model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32).eval()
-    weights = checkpoint.load_weights(checkpoint.weight_names())
-    model.load_state_dict({n: w.float() for n, w in weights.items()}, strict=False)
-    model.tie_weights()
-    return model
 
 
 def table(rows: dict[str, Any], loss: float) -> str:
