@@ -5,7 +5,7 @@
 
 Every checkpoint is made by `compresso`, and judged as everyone who loads it gets it: its weights
 with what corrects them, run in float32. "Recovered" is the share of the lost log perplexity that
-came back. Corrections start from 2 bits, group 64; healing from 30 % of the parameters removed, or
+came back; after healing also that on held-out text like that it read. Corrections start from 2 bits, group 64; healing from 30 % of the parameters removed, or
 blocks shared by twos. Checkpoints stay in DIR, so a run that was stopped goes on. Writes
 repair.json, repair.md, and heal.png: recovered share against tokens trained on.
 """
@@ -124,7 +124,10 @@ def make(name: str, start: str, given: list[str], options: argparse.Namespace) -
         command += ["--dataset", text]
     subprocess.run([sys.executable, "-m", "compresso", *command], check=True, stdout=2)
     summary = Checkpoint(target).provenance["report"]["summary"]
-    return {"seconds": summary["seconds"]}
+    found = {"seconds": summary["seconds"]}
+    if given[0] == "heal":
+        found |= {"tokens": summary["tokens_seen"], "where_trained": summary["recovered"]}
+    return found
 
 
 def recovered(name: str, rows: dict[str, Any]) -> float:
@@ -137,15 +140,17 @@ def line(name: str, rows: dict[str, Any]) -> str:
     """One line of the table."""
     row = rows[name]
     share = f"{recovered(name, rows):.1%}" if "base" in row else ""
+    if "where_trained" in row:
+        share += f"; {row['where_trained']:.1%}"
     return (
         f"| {name} | {row['bytes'] / 1e6:.2f} | {row['ppl']:.3f} | {row['kl']:.4f} | {share} |"
-        f" {row['seconds']:.0f} |"
+        f" {row.get('tokens', '')} | {row['seconds']:.0f} |"
     )
 
 
 def table(rows: dict[str, Any]) -> str:
     """Markdown, every base before its repairs."""
-    lines = ["| | MB | perplexity | KL | recovered | seconds |", "|---" * 6 + "|"]
+    lines = ["| | MB | perplexity | KL | recovered | tokens | seconds |", "|---" * 7 + "|"]
     bases = dict.fromkeys(row["base"] for row in rows.values() if "base" in row)
     order = ["original"]
     for base in bases:
