@@ -5,9 +5,10 @@
 
 Every checkpoint is made by `compresso`, and judged as everyone who loads it gets it: its weights
 with what corrects them, run in float32. "Recovered" is the share of the lost log perplexity that
-came back; after healing also that on held-out text like that it read. Corrections start from 2 bits, group 64; healing from 30 % of the parameters removed, or
-blocks shared by twos. Checkpoints stay in DIR, so a run that was stopped goes on. Writes
-repair.json, repair.md, and heal.png: recovered share against tokens trained on.
+came back; after healing, also that on held-out text like that it read. Corrections start from
+2 bits, group 64; healing from 30 % of the parameters removed, or blocks shared by twos. Checkpoints
+stay in DIR, so a run that was stopped goes on. Writes repair.json, repair.md, and heal.png: the
+recovered share against tokens trained on.
 """
 
 from __future__ import annotations
