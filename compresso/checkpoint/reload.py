@@ -13,6 +13,8 @@ import torch
 from compresso.checkpoint.directory import ADAPTER
 from compresso.errors import ConfigError, GateError, ResourceError
 
+OUT_OF_MEMORY = "DefaultCPUAllocator"  # begins what torch says then
+
 
 def reload(
     path: Path,
@@ -67,9 +69,11 @@ def blaming(path: Path) -> Iterator[None]:
         raise ResourceError(
             f"cannot reload `{path}`: {first_line(error)}", hint="install the package it names"
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"cannot reload `{path}`: {first_line(error)}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _short_of_memory(path, error) from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if OUT_OF_MEMORY in str(error):  # on the CPU, torch has no class of its own for it
+            raise _short_of_memory(path, error) from error
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"`{path}` comes with code that has to be run to load it",
@@ -77,6 +81,13 @@ def blaming(path: Path) -> Iterator[None]:
                 " `decilm` have such code",
             ) from error
         raise GateError(f"`{path}` does not load and run: {first_line(error)}") from error
+
+
+def _short_of_memory(path: Path, error: BaseException) -> ResourceError:
+    return ResourceError(
+        f"cannot reload `{path}`: {first_line(error)}",
+        hint="close other programs, or use a machine with more memory",
+    )
 
 
 @contextmanager
@@ -97,7 +108,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

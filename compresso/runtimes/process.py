@@ -78,8 +78,11 @@ def _work(code: str, folder: Path) -> None:
     try:
         result = getattr(import_module(module), name)(**job)
     except CompressoError as error:
-        found = {"kind": type(error).__name__, "message": str(error), "hint": error.hint}
-        (folder / ERROR).write_text(json.dumps(found), encoding="utf-8")
+        _refuse(folder, error)
+        return
+    except MemoryError:
+        hint = "close other programs, or use a machine with more memory"
+        _refuse(folder, ResourceError("there is not enough memory to run the model", hint=hint))
         return
     if isinstance(result, PLAIN):
         (folder / VALUE).write_text(json.dumps(result), encoding="utf-8")
@@ -88,6 +91,11 @@ def _work(code: str, folder: Path) -> None:
 
     with (folder / TENSOR).open("wb") as file:
         write_safetensors(file, {"tensor": result.contiguous()}, {"format": "pt"})
+
+
+def _refuse(folder: Path, error: CompressoError) -> None:
+    found = {"kind": type(error).__name__, "message": str(error), "hint": error.hint}
+    (folder / ERROR).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

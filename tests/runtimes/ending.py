@@ -22,6 +22,11 @@ def refuse():
     raise ConfigError("no such thing", hint="another")
 
 
+def exhaust():
+    """For lack of memory."""
+    raise MemoryError
+
+
 def echo(**values):
     """With what it was given."""
     return values

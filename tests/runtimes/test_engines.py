@@ -14,6 +14,7 @@ from tiny_checkpoint import save_tiny
 from tiny_models import build, tokens
 from transformers import AutoModelForCausalLM
 
+from compresso.checkpoint.reload import blaming
 from compresso.errors import ConfigError, GateError, ResourceError
 from compresso.runtimes import engine as engines
 from compresso.runtimes import transformers as own
@@ -129,6 +130,21 @@ def test_a_tensor_comes_back(elsewhere):
 
 def test_plain_values_come_back(elsewhere):
     assert elsewhere("echo", a=[1, 2.5, None], b="ä") == {"a": [1, 2.5, None], "b": "ä"}
+
+
+def test_a_process_that_has_too_little_memory(elsewhere):
+    with pytest.raises(ResourceError, match="not enough memory") as caught:
+        elsewhere("exhaust")
+    assert "more memory" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")]
+)
+def test_too_little_memory_is_no_fault_of_the_model(error, tmp_path):
+    with pytest.raises(ResourceError, match="cannot reload") as caught, blaming(tmp_path):
+        raise error
+    assert "more memory" in caught.value.hint
 
 
 def test_a_process_that_is_ended_by_its_model(elsewhere):
