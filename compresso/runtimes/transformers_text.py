@@ -18,8 +18,6 @@ from compresso.runtimes.memory import shortage
 from compresso.runtimes.text import Show, Stream, Style, Written, room_for
 from compresso.runtimes.transformers import open_model
 
-__all__ = ["Style", "TextModel", "Written"]
-
 
 @dataclass(frozen=True)
 class TextModel:

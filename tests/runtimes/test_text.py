@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from exporting import run_export
 from tiny_checkpoint import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,9 @@ from compresso.__main__ import main
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError, ResourceError
 from compresso.runtimes import memory
-from compresso.runtimes.transformers_text import Style, TextModel
+from compresso.runtimes.llama_cpp_text import GgufText, choose
+from compresso.runtimes.text import Style
+from compresso.runtimes.transformers_text import TextModel
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -149,3 +152,75 @@ def test_what_cannot_be_asked(model, command, tmp_path):
     (plain / "tokenizer.json").unlink()
     (plain / "tokenizer_config.json").write_text(json.dumps({}))
     assert command("generate", plain, "-p", "x")[0] == 3
+
+
+# ---------------------------------------------------------------- GGUF files, in llama.cpp
+
+
+def test_the_next_token_is_drawn_by_its_share():
+    scores = torch.tensor([0.0, 3.0, 1.0, -torch.inf])
+    assert choose(scores, Style(1), torch.Generator()) == 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = [choose(scores, Style(1, temperature=2.0), generator) for _ in range(4000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+    assert torch.allclose(shares, (scores / 2).softmax(-1), atol=0.03)
+    # Token 1 alone has 0.63.
+    style = Style(1, temperature=2.0, top_p=0.7)
+    assert {choose(scores, style, generator) for _ in range(200)} == {1, 2}
+    style = Style(1, temperature=2.0, top_p=0.5)
+    assert {choose(scores, style, generator) for _ in range(200)} == {1}
+
+
+def test_what_llama_cpp_has_not(command, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    for option in (("--dtype", "float16"), ("--trust-remote-code",)):
+        code, _, err = command("generate", tmp_path / "m.gguf", "-p", "x", *option)
+        assert code == 2 and f"`{option[0]}` has no meaning for a GGUF file" in err
+
+
+def merging(path):
+    """The same with a tokenizer that merges something: llama.cpp takes no other."""
+    values = json.loads((path / "tokenizer.json").read_text())
+    unused = next(word for word, number in values["model"]["vocab"].items() if number == 0)
+    values["model"]["vocab"] = {"im": values["model"]["vocab"].pop(unused)} | values["model"][
+        "vocab"
+    ]
+    values["model"]["merges"] = [["i", "m"]]
+    (path / "tokenizer.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A model, and the same as GGUF."""
+    root = tmp_path_factory.mktemp("gguf")
+    source = merging(save(root / "source", template=TEMPLATE))
+    run_export(Checkpoint(source), root / "out", "gguf", verify=False)
+    return source, root / "out"
+
+
+@pytest.mark.runtimes
+def test_gguf_writes_the_same_text(pair, command):
+    path, gguf = pair
+    text = expected("import os", 10, path)
+    for place in (gguf, gguf / "model.gguf"):
+        code, out, err = command("generate", place, "-p", "import os", "-n", 10)
+        assert (code, out) == (0, f"{text}\n") and "10 tokens in" in err
+    written = GgufText.open(gguf).continue_text("x" * 60, Style(99), lambda piece: None)
+    assert len(written.tokens) <= 4
+
+
+@pytest.mark.runtimes
+def test_chat_with_gguf(pair, command, tmp_path):
+    path, gguf = pair
+    first = expected("<user>hi<assistant>", 5, path)
+    second = expected(f"<user>hi<assistant>{first}<user>go on<assistant>", 5, path)
+    code, out, _ = command("chat", gguf, "-n", 5, lines="hi\ngo on\n")
+    assert code == 0 and out == f"{first}\n{second}\n"
+    opened = GgufText.open(gguf)
+    with pytest.raises(CheckpointError, match=r"the chat template of .* says: no tools"):
+        opened.check_chat([{"role": "tool", "content": ""}])
+    plain = merging(save_tiny(tmp_path / "plain"))
+    run_export(Checkpoint(plain), tmp_path / "no", "gguf", verify=False)
+    code, _, err = command("chat", tmp_path / "no", lines="hi\n")
+    assert code == 3 and "has no chat template" in err and "compresso generate" in err
