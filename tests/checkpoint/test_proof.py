@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from compresso.checkpoint import proof
 from compresso.checkpoint.proof import Fingerprint, prove
-from compresso.errors import GateError, ResourceError
+from compresso.errors import ConfigError, GateError, ResourceError
 
 # ---------------------------------------------------------------- what passes
 
@@ -263,7 +263,7 @@ def test_custom_code_is_not_run_unless_allowed(
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    with pytest.raises(GateError, match="does not load"):
+    with pytest.raises(ConfigError, match="comes with code that has to be run to load it"):
         prove(path, expected, dtype=torch.float32)
     report = prove(path, expected, dtype=torch.float32, trust_remote_code=True)
     assert report.difference == 0
