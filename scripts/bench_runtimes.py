@@ -60,6 +60,11 @@ BITS = {
     "4 bits, g32, with adapter": [FOUR, "compensate --method eora --rank 8"],
 }
 EVERYWHERE = ("16 bits", "4 bits, g32")  # of the kinds that are not plain, and the tiny ones
+TINY_MIXED = "quantize --method rtn --target-bits 3.25 --group-size 32"  # reads no text
+TINY = {name: BITS[name] for name in EVERYWHERE} | {
+    "mixed, 3.25 bits": [TINY_MIXED],
+    "mixed, 3.25 bits, asymmetric": [f"{TINY_MIXED} --asym"],
+}
 FORMATS = {
     "as it is": None,
     "dense": "dense",
@@ -147,9 +152,10 @@ def families(out: Path) -> list[Model]:
         if not (out / "tiny" / family).exists():
             calm(family, dtype=torch.bfloat16).save_pretrained(out / "tiny" / family)
     return [
-        Model(f"{family}, {bits}", str(out / "tiny" / family), BITS[bits])
+        Model(f"{family}, {bits}", str(out / "tiny" / family), steps)
         for family in TINY_MODELS
-        for bits in EVERYWHERE
+        for bits, steps in TINY.items()
+        if family == "llama" or bits in EVERYWHERE
     ]
 
 
@@ -337,8 +343,9 @@ def said(done: Outcome, source: str) -> str:
     found = re.sub(r"`/[^`]*`", "the model", found.replace(f"`{source}`", "the model"))
     found = re.sub(r"`[a-z_]+(\.[a-z_0-9]+){2,}`", "a linear", found)
     for name in (*FAMILIES, *(str(form).partition(" ")[0] for form in FORMATS.values())):
-        found = found.replace(f"`{name}`", "this family" if name in FAMILIES else "the format")
-    return found.removeprefix("compresso ")
+        word = "this family" if name in FAMILIES else "it"
+        found = found.replace(f"the format `{name}`", word).replace(f"`{name}`", word)
+    return found
 
 
 def line(key: str, row: dict[str, Any]) -> str:
