@@ -4,9 +4,9 @@
     python scripts/bench_runtimes.py --out DIR --families
 
 Every model is made and exported by `compresso`, and loaded by the runtime of its format, which has
-to say what compresso says of the same tokens; then all exports of a model are timed in turns with
-its original. What is refused says why. `--families` does it with a tiny random model of every
-family, without the times, which would say nothing.
+to say what compresso says of the same tokens; then it is timed beside its original, by CPU time of
+one thread. What is refused says why. `--families` does it with a tiny random model of every family,
+without the times, which would say nothing.
 
 Runs with whatever is installed beside this interpreter: run it once in every environment (one has
 gptqmodel, another auto-round), and what was not measured before is added. Everything stays in DIR,
@@ -18,15 +18,24 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
+import string
 import sys
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compresso as compresso_package
+from compresso.families import FAMILIES
+from compresso.runtimes.process import apart
+
+REFERENCE = Path(compresso_package.__file__).parent / "reference"
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 STRUCTURES = {
     "dense": [],
@@ -34,6 +43,7 @@ STRUCTURES = {
     "halves pruned": ["prune --method manual --drop a2,m3"],
     "folded": ["fold --method foldgpt --max-group 2 --ratio 0.2"],
 }
+MIXED = "quantize --method gptq --target-bits 3.25 --group-size 64"
 FOUR = "quantize --method rtn --bits 4 --group-size 32"
 BITS = {
     "16 bits": [],
@@ -43,15 +53,18 @@ BITS = {
     "3 bits, g64": ["quantize --method rtn --bits 3 --group-size 64"],
     "3 bits, g256": ["quantize --method rtn --bits 3 --group-size 256"],
     "2 bits, g256": ["quantize --method rtn --bits 2 --group-size 256"],
-    "mixed, 3.25 bits": ["quantize --method rtn --target-bits 3.25 --group-size 64"],
-    "mixed, 3.25 bits, asymmetric": [
-        "quantize --method rtn --target-bits 3.25 --group-size 64 --asym"
-    ],
+    "mixed, 3.25 bits": [MIXED],
+    "mixed, 3.25 bits, asymmetric": [f"{MIXED} --asym"],
     "2 bits, vectors": ["quantize --method higgs --bits 2"],
     "nf4": ["quantize --method nf4"],
     "4 bits, g32, with adapter": [FOUR, "compensate --method eora --rank 8"],
 }
 EVERYWHERE = ("16 bits", "4 bits, g32")  # of the kinds that are not plain, and the tiny ones
+TINY_MIXED = "quantize --method rtn --target-bits 3.25 --group-size 32"  # reads no text
+TINY = {name: BITS[name] for name in EVERYWHERE} | {
+    "mixed, 3.25 bits": [TINY_MIXED],
+    "mixed, 3.25 bits, asymmetric": [f"{TINY_MIXED} --asym"],
+}
 FORMATS = {
     "as it is": None,
     "dense": "dense",
@@ -69,9 +82,9 @@ ROUNDING = ("gguf q8_0", "gguf q4_k_m", "gguf iq2_xs")  # tried with dense weigh
 # Of a model with codes: weights that are dense, or the same codes again. Proved, but not timed.
 REPEATED = ("dense", "compressed-tensors", "decilm")
 READ_TEXT = ("fold", "gptq", "eora", "iq2_xs")
-TEXT = ("--nsamples", "32", "--seqlen", "512")
+TEXT = ("--nsamples", "16", "--seqlen", "512")  # how good the results are is not asked here
 RUNTIMES = ("transformers", "llama.cpp")
-NEW_TOKENS = "32"
+PROMPT_TOKENS, NEW_TOKENS = 128, 32
 NO_PACKAGE, BUG, INTERRUPTED = 5, 70, 130  # exit codes
 
 
@@ -98,15 +111,17 @@ def main() -> None:
     parser.add_argument("--families", action="store_true", help="tiny random models instead")
     parser.add_argument("--dataset", default="stdlib", help="text, where a method reads any")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", help="what names of models start with")
+    parser.add_argument("--only", nargs="*", help="names of models; `*` for any end")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 leaves it for later")
+    parser.add_argument("--no-speeds", action="store_true", help="leave them for a later run")
     options = parser.parse_args()
+    here = str(Path(__file__).parent)  # of what is called in a process of its own
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "runtimes.json"
     rows: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
     for model in families(options.out) if options.families else models(options.model):
-        if options.only and not model.name.startswith(tuple(options.only)):
+        if options.only and not any(fnmatch(model.name, one) for one in options.only):
             continue
         found = measure(model, rows, options)
         rows |= found
@@ -137,9 +152,10 @@ def families(out: Path) -> list[Model]:
         if not (out / "tiny" / family).exists():
             calm(family, dtype=torch.bfloat16).save_pretrained(out / "tiny" / family)
     return [
-        Model(f"{family}, {bits}", str(out / "tiny" / family), BITS[bits])
+        Model(f"{family}, {bits}", str(out / "tiny" / family), steps)
         for family in TINY_MODELS
-        for bits in EVERYWHERE
+        for bits, steps in TINY.items()
+        if family == "llama" or bits in EVERYWHERE
     ]
 
 
@@ -180,7 +196,7 @@ def measure(
 
 def timing(model: Model, chosen: str, options: argparse.Namespace) -> bool:
     """Whether an export is to be timed."""
-    if options.families or not options.rounds:
+    if options.families or options.no_speeds:
         return False
     return model.name.endswith("16 bits") or chosen not in REPEATED
 
@@ -257,22 +273,42 @@ def gguf_free(path: Path) -> bool:
 def timed(
     runtime: str, paths: dict[str, Path], base: str, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Speeds in a runtime, measured in turns with the original."""
+    """Speeds of exports in a runtime, each beside that of the original."""
     if not paths:
         return {}
-    done = compresso(
-        *("bench", *map(str, paths.values()), "--runtime", runtime, "--json"),
-        *("--trust-remote-code", "--rounds", str(options.rounds), "--new-tokens", NEW_TOKENS),
-    )
-    if done.code:
-        return {key: {"untimed": said(done, base)} for key in paths}
-    first, *rest = json.loads(done.stdout)["rows"]
-    keys = ("prefill", "decode", "memory", "disk_bytes")
-    original = {f"original_{key}": first[key] for key in keys}
-    return {
-        key: {name: row[name] for name in keys} | original
-        for key, row in zip(paths, rest, strict=True)
-    }
+    original = Path(base) if base != "reference" else REFERENCE
+    if runtime == "llama.cpp":
+        original = options.out / "original"
+        compresso("export", base, "--format", "gguf", "-o", str(original), "--no-verify")
+    first = speed(runtime, original)
+    beside = {f"original_{name}": value for name, value in first.items()}
+    return {key: speed(runtime, path) | beside for key, path in paths.items()}
+
+
+def speed(runtime: str, path: Path) -> dict[str, Any]:
+    """What is shown of it: tokens per second of CPU time, and bytes in memory and on disk."""
+    job = {"runtime": runtime, "path": str(path)}
+    found = apart(f"{Path(__file__).stem}:in_process", job, path=path, runtime=runtime)
+    memory = found["peak_memory"] - found["base_memory"]
+    return {"memory": memory} | {key: found[key] for key in ("prefill", "decode", "disk_bytes")}
+
+
+def in_process(runtime: str, path: str) -> dict[str, Any]:
+    """Time a model with one thread, by CPU time: what other programs take does not count."""
+    time.perf_counter = time.process_time
+    tokens = [1 + number % 250 for number in range(PROMPT_TOKENS)]
+    if runtime == "llama.cpp":
+        from compresso.runtimes import llama_cpp
+
+        (model,), corrections = llama_cpp._files(Path(path))
+        files = {"path": str(model), "corrections": [str(file) for file in corrections]}
+        given = {"prompt": tokens, "sample": tokens, "new": NEW_TOKENS}
+        return llama_cpp._speed(**files, **given, threads=1)
+    from compresso.runtimes import transformers
+
+    given = {"prompt": [tokens], "sample": [tokens], "new": NEW_TOKENS}
+    place = {"path": path, "device": "cpu", "trust_remote_code": True, "threads": 1}
+    return transformers._speed(**place, **given)
 
 
 def text(given: list[str], stage: str, options: argparse.Namespace) -> list[str]:
@@ -302,47 +338,55 @@ def compresso(*words: str) -> Outcome:
 
 
 def said(done: Outcome, source: str) -> str:
-    """The error of a command, in a line that says nothing of one machine or linear."""
-    found = done.stderr.rpartition("error: ")[2].partition("\nhint: ")[0]
-    found = re.sub(
-        r"`/[^`]*`", "the model", " ".join(found.split()).replace(f"`{source}`", "the model")
-    )
-    return re.sub(r"`model\.[a-z]*\.\d+\.[^`]*`", "a linear", found)
+    """The error of a command, in a line that says nothing of one machine, family or linear."""
+    found = " ".join(done.stderr.rpartition("error: ")[2].partition("\nhint: ")[0].split())
+    found = re.sub(r"`/[^`]*`", "the model", found.replace(f"`{source}`", "the model"))
+    found = re.sub(r"`[a-z_]+(\.[a-z_0-9]+){2,}`", "a linear", found)
+    for name in (*FAMILIES, *(str(form).partition(" ")[0] for form in FORMATS.values())):
+        word = "this family" if name in FAMILIES else "it"
+        found = found.replace(f"the format `{name}`", word).replace(f"`{name}`", word)
+    return found
 
 
 def line(key: str, row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """What was timed of an export, with the original in brackets; or the lot, in the log."""
     if "refused" in row:
         return f"| {key} | {row['refused']} |"
-    equal = f"{row['difference']:.2g} of {row['tolerance']:.2g} | {row['top_agreement']:.1%}"
-    cells = f"| {key} | {row['runtime']} | {equal} |"
     if "decode" not in row:
-        return f"{cells} {row.get('untimed', '')} | | | |"
+        equal = f"{row['difference']:.2g} of {row['tolerance']:.2g} | {row['top_agreement']:.1%}"
+        return f"| {key} | {row['runtime']} | {equal} | {row.get('untimed', '')} |"
     size = f"{row['disk_bytes'] / 1e6:.1f}"
     reads = f"{row['prefill']:,.0f} ({row['original_prefill']:,.0f})"
     writes = f"{row['decode']:,.0f} ({row['original_decode']:,.0f})"
     memory = f"{row['memory'] / 1e6:.0f} ({row['original_memory'] / 1e6:.0f})"
-    return f"{cells} {size} | {reads} | {writes} | {memory} |"
+    return f"| {key} | {size} | {reads} | {writes} | {memory} |"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what loads, then what was refused, by reason."""
-    head = (
-        "| model | format | runtime | largest difference | same top token | MB | reads | writes |"
-    )
-    lines = [f"{head} MB in memory |", "|---" * 9 + "|"]
-    lines += [line(key, row) for key, row in rows.items() if "refused" not in row]
-    refused: dict[tuple[str, str], list[str]] = {}
-    for key, row in rows.items():
-        if "refused" in row:
-            name, form = key.split(" | ")
-            refused.setdefault((form, row["refused"]), []).append(name)
-    forms: dict[tuple[str, str], list[str]] = {}
-    for (form, why), names in refused.items():
-        forms.setdefault(("; ".join(names), why), []).append(form)
-    lines += ["", "| model | format | refused, as |", "|---|---|---|"]
-    lines += [f"| {names} | {', '.join(of)} | {why} |" for (names, why), of in forms.items()]
+    """Markdown: what loads and how equal it is, why the rest is refused, and what was timed."""
+    names = list(dict.fromkeys(key.split(" | ")[0] for key in rows))
+    forms = [form for form in FORMATS if any(key.endswith(f" | {form}") for key in rows)]
+    reasons: dict[str, str] = {}
+    lines = [f"| | {' | '.join(forms)} |", "|---" * (len(forms) + 1) + "|"]
+    for name in names:
+        cells = [cell(rows.get(f"{name} | {form}"), reasons) for form in forms]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *(f"- {letter}: {why}" for why, letter in reasons.items())]
+    keys = [key for key, row in rows.items() if "decode" in row]
+    if keys:
+        lines += ["", "| model | format | MB | reads | writes | MB in memory |", "|---" * 6 + "|"]
+        lines += [line(key, rows[key]) for key in keys]
     return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
+    """Largest difference and same top tokens; or the letter of why not, added to the reasons."""
+    if row is None:
+        return ""
+    if "refused" in row:
+        return reasons.setdefault(row["refused"], string.ascii_letters[len(reasons)])
+    top = row["top_agreement"]
+    return f"{row['difference']:.2g}" + (f", {top:.1%}" if top < 1 else "")
 
 
 if __name__ == "__main__":
