@@ -172,6 +172,7 @@ def curve(path: Path) -> tuple[list[int], list[float]]:
 def draw(rows: dict[str, Any], out: Path) -> None:
     """Held-out share recovered against tokens, a panel per base, a line per way to heal."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     healed = [name for name in rows if " + " in name and rows[name]["base"] not in QUANTIZED]
     bases = list(dict.fromkeys(rows[name]["base"] for name in healed))
@@ -182,13 +183,16 @@ def draw(rows: dict[str, Any], out: Path) -> None:
     for panel, base in zip(panels, bases, strict=True):
         for name in (name for name in healed if rows[name]["base"] == base):
             tokens, shares = curve(place(out, name))
-            style = "--" if name.endswith("distilled") else "-"
-            panel.plot(tokens, shares, style, label=name.removeprefix(f"{base} + "))
+            way, _, distilled = name.removeprefix(f"{base} + ").partition(" ")
+            color = f"C{HEALERS.index(way)}"  # the same in every panel
+            panel.plot(tokens, shares, "--" if distilled else "-", color=color)
         panel.set_title(base, loc="left")
         panel.set_xlabel("tokens trained on")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("recovered share of lost log perplexity")
-    panels[-1].legend(frameon=False, fontsize=8)
+    known = [Line2D([], [], color=f"C{index}", label=way) for index, way in enumerate(HEALERS)]
+    known += [Line2D([], [], color="grey", linestyle="--", label="distilled")]
+    panels[-1].legend(handles=known, frameon=False, fontsize=8)
     figure.savefig(out / "heal.png", dpi=120)
 
 
