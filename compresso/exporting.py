@@ -20,7 +20,7 @@ from compresso.checkpoint.writer import CheckpointWriter
 from compresso.families import FAMILIES, RESTRUCTURED
 from compresso.formats.checking import check_weights
 from compresso.formats.writing import Written
-from compresso.proving import prove_in
+from compresso.proving import not_proved, prove_in
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
@@ -93,7 +93,7 @@ def _prove(
     assert written is not None and report.fingerprint is not None
     report.summary["proved"] = "no"
     if not runtime.verify:
-        report.warnings.append(f"not proved, as asked: `compresso verify {writer.target}` does it")
+        report.warnings.append(not_proved(writer.target))
         return None
     if reason := _unprovable(source, written, report, runtime):
         report.warnings.append(

@@ -22,6 +22,11 @@ PROMPT = 32  # most tokens continued
 NEW_TOKENS = 16
 
 
+def not_proved(target: Path) -> str:
+    """The warning of a result at `target` that was not to be proved."""
+    return f"not proved, as asked: `compresso verify {target}` does it"
+
+
 def prove_here(
     written: Checkpoint,
     fingerprint: Fingerprint,

@@ -24,7 +24,7 @@ from compresso.exporting import finish_export
 from compresso.gates import check_gates
 from compresso.preflight import check_room, check_source, original_key
 from compresso.provenance import RECORD, lineage, make_record, read_record, step_key
-from compresso.proving import prove_here
+from compresso.proving import not_proved, prove_here
 from compresso.publishing import card_of, origin_of
 from compresso.recipe import Step
 from compresso.report import Report, rows_to_csv, show_report
@@ -229,7 +229,7 @@ def _finish(work: _Work, writer: CheckpointWriter, report: Report) -> dict[str, 
         proof = prove_here(written, expected, work.runtime, carried=report.carried)
         proved["proof"] = asdict(proof)
     else:
-        report.warnings.append(f"not proved, as asked: `compresso verify {writer.target}` does it")
+        report.warnings.append(not_proved(writer.target))
     return adapter | proved
 
 
