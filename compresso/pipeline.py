@@ -77,7 +77,8 @@ def _load_all(
     for step in recipe.steps:
         evaluates = step.stage == "eval"
         calibrated = registry.reads_text(step.stage, step.method, step.settings)
-        read = step.settings if evaluates else (calibrated, original_named(step))
+        trains = registry.stage(step.stage).trains  # some is kept apart then, to judge by
+        read = step.settings if evaluates else (calibrated, trains, original_named(step))
         if read not in loaded:
             loaded[read] = load_data(step, original, recipe.calibration, runtime, directory)
         data.append(loaded[read])

@@ -24,8 +24,9 @@ from compresso.errors import (
     ResourceError,
 )
 from compresso.models.adapter import ModelAdapter
+from compresso.pipeline import run_recipe
 from compresso.provenance import read_record
-from compresso.recipe import make_step
+from compresso.recipe import Recipe, make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
@@ -276,6 +277,32 @@ def test_held_out_text_is_what_nothing_was_learned_from(tmp_path):
         found = run("eval", checkpoint, tmp_path / name, against=str(checkpoint.path), **values)
         assert found.rows[0]["ppl"] == pytest.approx(report.summary[f"ppl_{name}"], rel=1e-5)
     assert report.rows[0]["heldout_ppl"] == report.summary["ppl_unhealed"]
+
+
+def test_a_recipe_keeps_back_what_it_judges_by(tmp_path):
+    """Also where a step in front of it reads the same text, all of it."""
+    source = model(tmp_path / "model")
+    data = str(tmp_path / "tokens.npy")
+    np.save(data, tokens(20, 16, seed=5).numpy())
+    steps = tuple(
+        make_step(stage, values, where="test")
+        for stage, values in (
+            ("prune", {"method": "shortgpt", "blocks": 1}),
+            ("heal", {"method": "norms", **FEW}),
+        )
+    )
+
+    def recipe(samples):
+        text = CalibrationSettings(dataset=data, samples=samples, length=16)
+        return Recipe(str(source.path), text, RuntimeSettings(), steps)
+
+    with pytest.raises(CheckpointError, match="18 sequences beside those kept back to judge by"):
+        run_recipe(recipe(20), tmp_path / "all", RUNTIME)
+    outcomes = run_recipe(recipe(18), tmp_path / "most", RUNTIME)
+    assert outcomes[1].report.summary["heldout"]["sequences_used"] == 2
+    report = run("heal", Checkpoint(outcomes[0].path), tmp_path / "alone", method="norms", **FEW)
+    assert report.rows == outcomes[1].report.rows
+    assert Checkpoint(tmp_path / "alone").key == outcomes[1].key
 
 
 def test_a_local_text_keeps_its_end_back(tmp_path):
