@@ -28,6 +28,9 @@ RECORD = "compresso.json"
 # What a record says of the files beside it: in the record of what comes next it would be copied on
 # and on.
 OF_THE_FILES = ("fingerprint", CHECKSUMS)
+# Settings that trade memory for time, and change not a bit of a result: a run that memory was too
+# small for can go on with another.
+OF_MEMORY = ("checkpointing",)
 KEYS = ("key", "created", "versions", "step", "calibration", "source", "report", "parent")
 
 
@@ -54,9 +57,10 @@ def step_key(
     original: for a step that can be told an `original`, the key of what it takes for that; where
               it is has no part in the result.
 
-    Gates are no part of it: they judge a result, and do not change it.
+    Gates are no part of it, nor is what only decides how much memory the step takes: they do not
+    change a result.
     """
-    settings = asdict(step.settings)
+    settings = {k: v for k, v in asdict(step.settings).items() if k not in OF_MEMORY}
     parts = {
         "compresso": __version__,
         "step": [step.stage, step.method, settings],

@@ -89,7 +89,8 @@ class _Training:
         for step in track(ahead, len(ahead), title):
             self._step(step)
             last = step + 1 == self._options.steps
-            if last or (step + 1) % self._options.evaluate_every == 0:
+            due = last or (step + 1) % self._options.evaluate_every == 0
+            if due and history.ended == "all steps":
                 self._evaluate(step + 1, title)
             stop = history.ended != "all steps"
             late = self._share.processes.agree(time.monotonic() - saved > SECONDS_BETWEEN_SAVES)
@@ -204,7 +205,13 @@ def _line(title: str, history: History) -> str:
 
 
 def _diverged(history: History, steps: int) -> NumericalError:
-    lower = "a lower `--rate`"
+    if not steps:
+        return NumericalError(
+            "the loss is not finite before the first step: the model itself, or its original,"
+            " gives no numbers for this text",
+            hint="measure it with `compresso eval`; `--dtype float32` helps where numbers overflow",
+        )
+    lower = "a lower `--rate` and `--fresh`"  # which lets go of the state that is kept
     if not history.best_step:
         return NumericalError(f"the loss is not finite at step {steps}", hint=f"use {lower}")
     return NumericalError(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from compresso import config
 from compresso.calibration.data import load_calibration, load_heldout
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import (
     CheckpointError,
@@ -35,6 +36,7 @@ from compresso.stages.heal_choice import Trained, beside_removed, draw, trained
 from compresso.stages.heal_memory import Load, needed
 from compresso.stages.heal_text import followed
 from compresso.stages.training_plot import write_training
+from compresso.training import loop
 from compresso.training.options import History
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
@@ -431,5 +433,27 @@ def test_memory_is_asked_for_before_anything_is_loaded(checkpoints, tmp_path, mo
 
 def test_running_blocks_again_gives_the_same_model(checkpoints, tmp_path):
     source = checkpoints("llama")
-    found = [heal(source, tmp_path / s, "lora", checkpointing=s)[1] for s in ("on", "off")]
+    found = [
+        heal(source, tmp_path / s, "lora", dropout=0.2, checkpointing=s)[1] for s in ("on", "off")
+    ]
     assert not changed(*found)
+    assert found[0].key == found[1].key  # so that what ran out of memory can go on
+
+
+def test_a_run_that_took_too_much_memory_goes_on_with_less(checkpoints, tmp_path, monkeypatch):
+    """To the same bits; what is trained is no part of what was kept of another setting."""
+    source, left = checkpoints("llama"), [3]
+    whole = heal(source, tmp_path / "whole", "lora")[1]
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
+    keep = KeptState.keep
+
+    def killed(self, *values):
+        keep(self, *values)
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(KeptState, "keep", killed)
+        heal(source, tmp_path / "out", "lora", checkpointing="off")
+    assert not changed(heal(source, tmp_path / "out", "lora", checkpointing="on")[1], whole)

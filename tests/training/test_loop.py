@@ -220,12 +220,19 @@ def test_a_loss_that_is_no_number_ends_training_with_the_best_state_kept(source,
     store = KeptState(tmp_path / "work")
     with pytest.raises(NumericalError, match="not finite at step 5; the state after step 4") as e:
         run(source, objective=Fails(4, how), store=store)
-    assert "same command again" in e.value.hint
+    assert "same command again" in e.value.hint and "--fresh" in e.value.hint
     history, left = run(source, objective=Fails(0, stop), store=store)
     assert history.ended == "diverged" and history.best_step == 4
     assert not same(left, expected)
     for name, tensor in kept.items():  # the rate there ends at 0, here it does not yet
         torch.testing.assert_close(left[name], tensor, atol=0.02, rtol=0.5)
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_a_loss_that_is_no_number_is_not_taken_for_no_gain(source, patience):
+    """Where held-out text is measured after every step, and says nothing of it."""
+    with pytest.raises(NumericalError, match="not finite at step 1"):
+        run(source, objective=Fails(0, not_a_number), evaluate_every=1, patience=patience)
 
 
 def test_a_loss_that_is_no_number_from_the_start_is_no_result(source, tmp_path):
@@ -234,6 +241,16 @@ def test_a_loss_that_is_no_number_from_the_start_is_no_result(source, tmp_path):
         with pytest.raises(NumericalError, match="not finite at step 1") as error:
             run(source, objective=Fails(0, not_a_number), store=store)
         assert "--rate" in error.value.hint
+        assert "--fresh" in error.value.hint  # the state that is kept is of the other rate
+
+
+def test_a_model_without_a_loss_is_not_trained(source, tmp_path):
+    """No rate is to blame then, and there is nothing to throw away."""
+    store = KeptState(tmp_path / "work")
+    nothing = lambda model, tokens, rows: not_a_number(NEXT(model, tokens, rows))  # noqa: E731
+    with pytest.raises(NumericalError, match="before the first step") as error:
+        run(source, objective=nothing, store=store)
+    assert "--rate" not in error.value.hint and store.kept("training") is None
 
 
 def test_kept_state_is_whole_or_not_there(tmp_path):
