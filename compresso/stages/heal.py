@@ -20,6 +20,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime, log
 from compresso.stages.compensate_summary import told
 from compresso.stages.heal_choice import Trained, draw
+from compresso.stages.heal_disk import check_disk, disk_left
 from compresso.stages.heal_measure import measure
 from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.heal_plan import Plan, make_plan
@@ -30,6 +31,7 @@ from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.options import History, TrainOptions
 from compresso.training.processes import Processes, join
+from compresso.training.teacher import Beside
 
 MANY_EPOCHS = 8
 
@@ -56,7 +58,8 @@ def heal(
     assert calibration is not None
     drawing = wants_plot(step.settings.plot)
     report, processes = Report(), join(runtime.device)
-    original = find_original(source, step, report.warnings)
+    trusted = runtime.trust_remote_code
+    original = find_original(source, step, report.warnings, trust_remote_code=trusted)
     with processes.first_alone():
         author = Author(original or source, runtime, target.target.parent)
         text = load_text(calibration, step, source, author)
@@ -90,9 +93,17 @@ class _Work:
         """What training came to, and what of it is to be written."""
         source, step, moved = self.source, self.step, plan.moved
         directory = self.target.partial / WORK
+        disk = disk_left(source, moved, getattr(step.settings, "rank", 0), self.target)
+        if processes.first:
+            check_disk(disk, self.target)
         model = TrainingModel(plan.adapter, plan.source, packed=plan.packed)
-        teaching = open_objective(source, original, step, self.text, directory, self.runtime)
+        beside = Beside(plan.memory, disk)
+        teaching = open_objective(
+            source, original, step, self.text, directory, self.runtime, beside=beside
+        )
         with teaching as objective, model:
+            if objective.teacher is not None:
+                self.report.summary["teacher"] = objective.teacher.place
             history = train(
                 model,
                 self._parameters(model, moved),

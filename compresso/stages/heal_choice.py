@@ -24,15 +24,24 @@ class Trained:
     linears: paths in the checkpoint of those that get a correction of low rank.
     tensors: names in the checkpoint of those that change themselves.
     drawn:   sets of them of which only some move at a time; what is in none moves always.
+    active:  how many of these sets.
     """
 
     linears: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     drawn: list[list[str]] = field(default_factory=list)
+    active: int = 0
 
     def parameters(self, source: Checkpoint) -> int:
         """How many weights can change, corrections apart."""
-        return sum(prod(source.weight_info(name).shape) for name in self.tensors)
+        return _weights(source, self.tensors)
+
+    def at_once(self, source: Checkpoint) -> int:
+        """How many of these move in one step, at most."""
+        largest = sorted(self.drawn, key=lambda names: _weights(source, names), reverse=True)
+        moving = {name for names in largest[: self.active] for name in names}
+        resting = {name for names in self.drawn for name in names} - moving
+        return _weights(source, {*self.tensors} - resting)
 
 
 def trained(adapter: ModelAdapter, source: Checkpoint, step: Step) -> Trained:
@@ -73,7 +82,7 @@ def _of_weights(adapter: ModelAdapter, source: Checkpoint, step: Step) -> Traine
         tensors = _ordered(adapter, source, adapter.stored.values())
         if settings.active > adapter.count:
             raise ConfigError(f"`--active {settings.active}`: there are {adapter.count} blocks")
-        return Trained(tensors=tensors, drawn=drawn)
+        return Trained(tensors=tensors, drawn=drawn, active=settings.active)
     if step.method == "last-k":
         if settings.last > adapter.count:
             raise ConfigError(f"`--last {settings.last}`: there are {adapter.count} blocks")
@@ -120,6 +129,10 @@ def draw(trained: Trained, *, active: int, interval: int, seed: int, step: int) 
     moved = {name for number in chosen for name in trained.drawn[number]}
     resting = {name for names in trained.drawn for name in names} - moved
     return [number for number, name in enumerate(trained.tensors) if name not in resting]
+
+
+def _weights(source: Checkpoint, names: Iterable[str]) -> int:
+    return sum(prod(source.weight_info(name).shape) for name in names)
 
 
 def _linears(adapter: ModelAdapter, which: str) -> list[str]:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ResourceError
 from compresso.models.adapter import ModelAdapter
-from compresso.runtime import format_bytes, free_memory
+from compresso.runtime import format_bytes
 from compresso.stages.heal_choice import Trained
 from compresso.training.objectives import LOGITS_BYTES
+from compresso.training.processes import free_for_each
 
 # Numbers that a block keeps for the way back, per token, in widths of the residual stream and of
 # what is inside the MLP: the most that any family was seen to keep (gemma2).
 KEPT_WIDTHS = 12
 KEPT_INNER = 4
-# Bytes per trained weight: itself, its gradient, two moments and the best state, in float32.
+# Bytes per trained weight: itself, its gradient, two moments and the best state, in float32; and
+# of one that does not move for now: itself and the best state.
 TRAINED_BYTES = 20
+RESTING_BYTES = 8
 LOGITS_COPIES = 6
 
 
@@ -48,9 +49,7 @@ def decide_checkpointing(
 
     Raises ResourceError, naming what is needed, if memory is too small.
     """
-    free = free_memory() // load.processes
-    if adapter.device.type == "cuda":
-        free = torch.cuda.mem_get_info(adapter.device)[0]
+    free = free_for_each(adapter.device, load.processes)
     whole, less = (needed(adapter, source, trained, load, again=again) for again in (False, True))
     again = asked == "on" or (asked == "auto" and whole > free)
     least = less if again else whole
@@ -76,8 +75,9 @@ def needed(
             weights += info.nbytes
         else:
             weights += prod(info.shape) * itemsize
-    shapes = [source.weight_info(f"{path}.weight").shape for path in trained.linears]
-    moving = trained.parameters(source) + load.rank * sum(map(sum, shapes))
+    # Of what is split, gradients of all of it are taken, whatever moves.
+    rest = 0 if load.sharded else trained.parameters(source) - trained.at_once(source)
+    moving = trained.parameters(source) - rest + corrections(source, trained, load.rank)
     moving //= load.processes if load.sharded else 1
     tokens = load.sequences * load.length
     width, inner = int(adapter.config.hidden_size), _inner(adapter)
@@ -86,9 +86,14 @@ def needed(
     if again:
         activations = kept + itemsize * width * tokens * adapter.count
     logits = 4 * tokens * int(adapter.config.get_text_config().vocab_size)
-    return (
-        weights + TRAINED_BYTES * moving + activations + LOGITS_COPIES * min(logits, LOGITS_BYTES)
-    )
+    trains = TRAINED_BYTES * moving + RESTING_BYTES * rest
+    return weights + trains + activations + LOGITS_COPIES * min(logits, LOGITS_BYTES)
+
+
+def corrections(source: Checkpoint, trained: Trained, rank: int) -> int:
+    """How many weights corrections of a rank have."""
+    shapes = [source.weight_info(f"{path}.weight").shape for path in trained.linears]
+    return rank * sum(map(sum, shapes))
 
 
 def _inner(adapter: ModelAdapter) -> int:

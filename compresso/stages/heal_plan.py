@@ -15,7 +15,7 @@ from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.runtime import Runtime
 from compresso.stages.heal_choice import Trained, trained
-from compresso.stages.heal_memory import Load, decide_checkpointing
+from compresso.stages.heal_memory import Load, decide_checkpointing, needed
 from compresso.stages.heal_text import Text
 from compresso.stages.whole_model import training_dtype
 from compresso.training.options import TrainOptions
@@ -36,6 +36,7 @@ class Plan:
 
     source:  what is trained: the source without the corrections beside it, which are trained on.
     adapter: its model, without weights. packed: codes stay codes in memory.
+    memory:  bytes that it holds at once, about, in every process.
     """
 
     source: Checkpoint
@@ -43,6 +44,7 @@ class Plan:
     moved: Trained
     options: TrainOptions
     packed: bool
+    memory: int
 
 
 def make_plan(
@@ -85,7 +87,8 @@ def make_plan(
         checkpointing=decide_checkpointing(adapter, source, moved, load, settings.checkpointing),
         compile=_compiles(settings.compile, adapter, steps, packed=load.packed),
     )
-    return Plan(base, adapter, moved, options, load.packed)
+    memory = needed(adapter, source, moved, load, again=options.checkpointing)
+    return Plan(base, adapter, moved, options, load.packed, memory)
 
 
 def _check(source: Checkpoint, step: Step) -> None:

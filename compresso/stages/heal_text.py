@@ -22,7 +22,7 @@ from compresso.settings import CalibrationSettings
 from compresso.stages.original import block_map, original_of
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.processes import join
-from compresso.training.teacher import Wanted, open_teacher
+from compresso.training.teacher import Beside, Wanted, open_teacher
 
 TAIL_BLOCKS = 2
 
@@ -83,18 +83,20 @@ def load_text(calibration: Calibration, step: Step, source: Checkpoint, author: 
     return Text(data, torch.cat(heldout.batches), len(calibration.batches[0]), heldout.record)
 
 
-def find_original(source: Checkpoint, step: Step, warnings: list[str]) -> Checkpoint | None:
+def find_original(
+    source: Checkpoint, step: Step, warnings: list[str], *, trust_remote_code: bool = False
+) -> Checkpoint | None:
     """What the source was made from; None, with a warning, if that is not needed and not to be had.
 
     Raises as `original_of` does if the user names it, or the loss needs it.
     """
     given, needed = step.settings.original, step.settings.distill != "none"
     if given is not None or needed:
-        return original_of(source, given)
+        return original_of(source, given, trust_remote_code=trust_remote_code)
     if len(lineage(source)) == 1:
         return None
     try:
-        return original_of(source, None)
+        return original_of(source, None, trust_remote_code=trust_remote_code)
     except CompressoError as error:
         warnings.append(f"what was lost cannot be said: {error}")
         return None
@@ -108,10 +110,12 @@ def open_objective(
     text: Text,
     directory: Path,
     runtime: Runtime,
+    *,
+    beside: Beside,
 ) -> Iterator[MixedObjective]:
     """What is to become small; the teacher is there as long as the context is.
 
-    directory: for what the teacher says.
+    directory: for what the teacher says. beside: what training takes beside the teacher.
 
     Raises as `open_teacher` does.
     """
@@ -136,17 +140,19 @@ def open_objective(
         top=settings.top,
         temperature=settings.temperature,
     )
-    directory.mkdir(exist_ok=True)
-    teacher = open_teacher(
-        original,
-        torch.cat((text.data, text.heldout)),
-        wanted,
-        place=settings.teacher,
-        directory=directory,
-        runtime=runtime,
-    )
+    processes = join(runtime.device)
+    with processes.first_alone():
+        teacher = open_teacher(
+            original,
+            torch.cat((text.data, text.heldout)),
+            wanted,
+            place=settings.teacher,
+            directory=directory,
+            runtime=runtime,
+            beside=beside,
+        )
     with ExitStack() as open_:
-        with join(runtime.device).first_alone():
+        with processes.first_alone():
             open_.enter_context(teacher)
         yield MixedObjective(shares, teacher, pairs)
 

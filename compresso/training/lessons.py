@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from compresso.errors import ResourceError
-from compresso.kernels.distillation import TopScores
+from compresso.kernels.distillation import (
+    TopScores,
+    softened_divergence,
+    top_divergence,
+    top_scores,
+)
 
 HIDDEN, TOKENS, SCORES = "hidden", "tokens", "scores"
 BLOCK = "block-{}"
@@ -101,6 +106,10 @@ class StoredLessons:
         """Whether all of it was written, here or by an earlier run."""
         return self.directory.is_dir()
 
+    def clear(self) -> None:
+        """Take away what a killed run had begun."""
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+
     def begin(self) -> None:
         """Take the room that all of it needs, and map it to be written.
 
@@ -108,7 +117,7 @@ class StoredLessons:
         """
         new = self._unfinished
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            self.clear()
             new.mkdir(parents=True)
             for name, kind in self._kinds.items():
                 with (new / name).open("wb") as file:
@@ -118,7 +127,7 @@ class StoredLessons:
                         # A disk that runs full while a map is written to kills the process.
                         os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
+            self.clear()
             raise ResourceError(
                 f"cannot keep {self.nbytes / 1e9:.2f} GB of what the original says in"
                 f" `{new.parent}`: {error.strerror}",
@@ -168,3 +177,25 @@ class StoredLessons:
             with (directory / name).open("r+b") as file:
                 flat = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=kind.dtype)
             self._arrays[name] = flat.view(*self._shape, kind.width)
+
+
+def from_hidden(
+    hidden: Tensor, scores: Callable[[Tensor], Tensor], wanted: Wanted, logits: Tensor, part: slice
+) -> Tensor:
+    """A `Lesson`'s divergence from what the head makes of states: as far as is wanted of it.
+
+    hidden: what the head reads, (B, T, d). scores: what it makes of that, (B, t, vocabulary).
+    """
+    with torch.no_grad():
+        expected = scores(hidden[:, part])
+        if wanted.top is not None:
+            top = top_scores(expected, wanted.top, temperature=wanted.temperature)
+    if wanted.top is None:
+        return softened_divergence(expected, logits, temperature=wanted.temperature)
+    return top_divergence(top, logits, temperature=wanted.temperature)
+
+
+def from_top(top: TopScores, wanted: Wanted, logits: Tensor, part: slice) -> Tensor:
+    """A `Lesson`'s divergence from the kept scores of all positions."""
+    known = TopScores(top.tokens[:, part], top.log_probabilities[:, part])
+    return top_divergence(known, logits, temperature=wanted.temperature)

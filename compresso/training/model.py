@@ -151,8 +151,10 @@ class TrainingModel:
         }
 
     def trained_parameters(self) -> int:
-        """Weights that are trained."""
-        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        """Weights that are trained, also those that do not move for now."""
+        found = [self._parameter(self._names[stored][0]) for stored in self._trained]
+        found += [own for path in self._paths.values() for own in path.parameters()]
+        return sum(parameter.numel() for parameter in found)
 
     def run_blocks(self, *, again: bool, compiled: bool) -> None:
         """How blocks are run from here on.

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from compresso.runtime import launched
+from compresso.runtime import free_memory, launched
 
 # What is added up at once, of gradients.
 BUCKET_BYTES = 64 * 2**20
@@ -120,6 +120,13 @@ class Follower:
     def partial(self) -> Path:
         """Where the first process writes."""
         return self.target.with_name(f"{self.target.name}.partial")
+
+
+def free_for_each(device: torch.device, count: int) -> int:
+    """Bytes that each of `count` processes can still take: of its GPU, or of the RAM they share."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory() // count
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compresso.calibration.opening import open_adapter
-from compresso.calibration.walk import LiveBlock, enter_blocks, walk_blocks
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ResourceError
-from compresso.kernels.distillation import (
-    TopScores,
-    softened_divergence,
-    top_divergence,
-    top_scores,
-    unit_states,
-)
+from compresso.kernels.distillation import unit_states
 from compresso.models.adapter import ModelAdapter
-from compresso.models.substitution import replaced
-from compresso.runtime import Runtime, format_bytes, free_memory, log, track
-from compresso.training.lessons import (
-    BLOCK,
-    HIDDEN,
-    SCORES,
-    TOKENS,
-    Lesson,
-    StoredLessons,
-    Wanted,
-)
+from compresso.runtime import Runtime, format_bytes, launched, log
+from compresso.training.disk_teacher import DiskTeacher
+from compresso.training.lessons import Lesson, Wanted, from_hidden
 from compresso.training.model import TrainingModel
+from compresso.training.processes import free_for_each
 from compresso.training.returned import returned_by
 
-__all__ = ["Lesson", "Teacher", "Wanted", "open_teacher"]
+__all__ = ["DiskTeacher", "Lesson", "ResidentTeacher", "Teacher", "Wanted", "open_teacher"]
 
-TOKENS_PER_BATCH = 2048
-LOGITS_BYTES = 64 * 2**20  # of one copy
-FLOAT32_BYTES = 4
 SPARE = 1.2  # what a model in memory takes beside its weights
+CHOICE = "teacher"  # what the place that was chosen is kept as
 
 Place = Literal["auto", "disk", "resident"]
 
 
 class Teacher(Protocol):
-    """Says what the original says. A context: leaving it frees the memory."""
+    """Says what the original says. A context: leaving it frees the memory.
+
+    place: where it has that from.
+    """
+
+    place: Literal["disk", "resident"]
 
     def __enter__(self) -> Self: ...
 
@@ -65,6 +52,17 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Bytes that training takes beside its teacher. memory: of a process. disk: yet to write."""
+
+    memory: int = 0
+    disk: int = 0
+
+
+NOTHING = Beside()
+
+
 def open_teacher(
     original: Checkpoint,
     sequences: Tensor,
@@ -73,14 +71,20 @@ def open_teacher(
     place: Place,
     directory: Path,
     runtime: Runtime,
-) -> Teacher:
+    beside: Beside = NOTHING,
+) -> DiskTeacher | ResidentTeacher:
     """The original as a teacher; entering it computes what it is to say, if it must.
 
     sequences: ids of all that there will be, (N, T) int64.
     place:     "disk" runs the original once, a block at a time, and keeps what it says of all
                sequences in `directory`, for later runs as well; "resident" keeps the original in
                memory and runs it anew each time. "auto" takes the disk where there is room for
-               it, as it costs the least memory, and time from the second reading on.
+               it, as it costs the least memory, and time from the second reading on. What it took
+               is kept in `directory`: a run that goes on takes the same. Both places say the same,
+               to rounding.
+    beside:    what else has to fit.
+
+    Of several processes the first decides; it has to have been here before the others come.
 
     Raises ResourceError, naming what is needed, if there is no room.
     """
@@ -90,149 +94,28 @@ def open_teacher(
     except OSError as error:
         raise ResourceError(f"cannot write `{directory}`: {error.strerror}") from error
     stored = DiskTeacher(adapter, original, sequences, wanted, directory=directory, runtime=runtime)
-    resident = int(SPARE * original.parameters * adapter.dtype.itemsize)
-    free_disk, free = shutil.disk_usage(directory).free, free_memory()
-    on_disk = stored.complete or stored.nbytes <= free_disk
-    if place == "disk" or (place == "auto" and on_disk):
-        if not on_disk:
-            raise ResourceError(
-                f"what the original says takes {format_bytes(stored.nbytes)}, but `{directory}` has"
-                f" {format_bytes(free_disk)} free",
-                hint="use fewer samples, another disk, or `--teacher resident`",
-            )
-        return stored
-    if resident > free:
-        tried = f", or {format_bytes(stored.nbytes)} of disk" if place == "auto" else ""
-        raise ResourceError(
-            f"the original takes {format_bytes(resident)} of memory{tried}, but"
-            f" {format_bytes(free)} are free",
-            hint="use fewer samples and `--teacher disk`",
-        )
-    return ResidentTeacher(adapter, original, wanted)
-
-
-class DiskTeacher:
-    """A teacher that was asked everything before. Its files are durable once it was entered.
-
-    nbytes: what they take on the disk, exactly.
-    """
-
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        original: Checkpoint,
-        sequences: Tensor,
-        wanted: Wanted,
-        *,
-        directory: Path,
-        runtime: Runtime,
-    ) -> None:
-        """As `open_teacher`, with the original's model without weights. Computes nothing yet."""
-        self._adapter = adapter
-        self._original = original
-        self._batches = list(sequences.split(max(1, TOKENS_PER_BATCH // sequences.shape[1])))
-        if wanted.top is not None:  # the last token has its place among the others
-            wanted = replace(wanted, top=min(wanted.top, _vocabulary(adapter) - 1))
-        self._wanted = wanted
-        self._budget = runtime.max_memory
-        self._stored = StoredLessons(
-            directory / f"teacher-{_key(adapter, original, sequences, wanted)}",
-            wanted,
-            (sequences.shape[0], sequences.shape[1]),
-            width=adapter.config.hidden_size,
-            dtype=original.dtype if original.dtype.itemsize == 2 else torch.bfloat16,
-        )
-        self.nbytes = self._stored.nbytes
-
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier run has asked everything."""
-        return self._stored.complete
-
-    def __enter__(self) -> Self:
-        if not self.complete:
-            log(f"teacher: {format_bytes(self.nbytes)} in `{self._stored.directory}`")
-            self._stored.begin()
-            self._ask()
-            self._stored.finish()
-        self._stored.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stored.close()
-        self._adapter.unload_outside()
-
-    def lesson(self, tokens: Tensor, rows: Tensor) -> Lesson:
-        """What the original says of the sequences of these numbers, (B,) int64."""
-        wanted, stored, device = self._wanted, self._stored, self._adapter.device
-        hidden = stored.read(HIDDEN, rows).to(device) if wanted.keeps_hidden else None
-        blocks = {
-            block: stored.read(BLOCK.format(block), rows).to(device) for block in wanted.blocks
-        }
-        divergence: Callable[[Tensor, slice], Tensor] | None = None
-        if wanted.scores and wanted.top is not None:
-            divergence = partial(_from_top, stored.top(rows, device), wanted.temperature)
-        elif wanted.scores:
-            assert hidden is not None
-            divergence = partial(_from_hidden, hidden, self._scores, wanted.temperature)
-        return Lesson(hidden, blocks, divergence)
-
-    @torch.no_grad()
-    def _ask(self) -> None:
-        """Walk the original over all sequences, and write down what is wanted."""
-        adapter, original, stored = self._adapter, self._original, self._stored
-        states = enter_blocks(
-            adapter,
-            original,
-            self._batches,
-            probe=None,
-            budget=self._budget,
-            spill_dir=stored.directory.parent,
-        )
-
-        def keep(block: LiveBlock) -> None:
-            if block.index in self._wanted.blocks:
-                for batch, first in enumerate(self._firsts()):
-                    stored.put(BLOCK.format(block.index), first, unit_states(states[batch]))
-
-        walk = walk_blocks(adapter, original, states, after=keep)
-        for _ in track(walk, adapter.count, "teacher"):
-            pass
-        for batch, first in enumerate(self._firsts()):
-            hidden = adapter.head_input(original, states[batch])
-            if self._wanted.keeps_hidden:
-                stored.put(HIDDEN, first, hidden)
-            if self._wanted.scores and self._wanted.top is not None:
-                self._keep_top(first, hidden, self._wanted.top)
-            states.release(batch)
-        adapter.unload_outside()
-
-    def _keep_top(self, first: int, hidden: Tensor, count: int) -> None:
-        vocabulary = _vocabulary(self._adapter)
-        step = max(1, LOGITS_BYTES // (FLOAT32_BYTES * vocabulary * len(hidden)))
-        pieces = [
-            top_scores(self._scores(piece), count, temperature=self._wanted.temperature)
-            for piece in hidden.split(step, dim=1)
-        ]
-        self._stored.put(TOKENS, first, torch.cat([piece.tokens for piece in pieces], 1))
-        scores = torch.cat([piece.log_probabilities for piece in pieces], 1)
-        self._stored.put(SCORES, first, scores)
-
-    def _scores(self, hidden: Tensor) -> Tensor:
-        """What the head makes of what it reads, (B, t, d): (B, t, vocabulary) float32."""
-        with replaced(self._adapter.model, {self._adapter.family.final_norm: nn.Identity()}):
-            return self._adapter.logits(self._original, hidden)
-
-    def _firsts(self) -> Iterator[int]:
-        """The number of the first sequence of every batch."""
-        first = 0
-        for batch in self._batches:
-            yield first
-            first += len(batch)
+    kept, first = KeptState(directory), launched().index == 0
+    if first:
+        stored.clear()
+    chosen = place
+    if place == "auto":
+        before = kept.kept(CHOICE)
+        chosen = before[1]["place"] if before else _place(stored, directory, beside)
+    if first:
+        if chosen == "disk":
+            _check_disk(stored, directory, beside)
+        else:
+            _check_memory(adapter, original, stored, runtime, beside, automatic=place == "auto")
+        if place == "auto":
+            kept.keep(CHOICE, {}, {"place": chosen})
+            log(f"teacher: {'asked once, kept on disk' if chosen == 'disk' else 'in memory'}")
+    return stored if chosen == "disk" else ResidentTeacher(adapter, original, wanted)
 
 
 class ResidentTeacher:
     """A teacher whose weights are all in memory, and that is run each time it is asked."""
+
+    place: Literal["disk", "resident"] = "resident"
 
     def __init__(self, adapter: ModelAdapter, original: Checkpoint, wanted: Wanted) -> None:
         """adapter: the original's model. Loads nothing yet."""
@@ -255,37 +138,44 @@ class ResidentTeacher:
         blocks = {block: unit_states(states) for block, states in returned.items()}
         divergence = None
         if wanted.scores:
-            # Also of the most likely tokens alone, as nothing is saved by knowing less.
-            divergence = partial(_from_hidden, hidden, self._model.logits, wanted.temperature)
+            divergence = partial(from_hidden, hidden, self._model.logits, wanted)
         return Lesson(hidden, blocks, divergence)
 
 
-def _from_hidden(
-    hidden: Tensor,
-    scores: Callable[[Tensor], Tensor],
-    temperature: float,
-    logits: Tensor,
-    part: slice,
-) -> Tensor:
-    """The divergence from what the head makes of states, (B, t)."""
-    with torch.no_grad():
-        expected = scores(hidden[:, part])
-    return softened_divergence(expected, logits, temperature=temperature)
+def _place(stored: DiskTeacher, directory: Path, beside: Beside) -> Place:
+    """Where a teacher has to be that may be anywhere."""
+    free = shutil.disk_usage(directory).free
+    return "disk" if stored.complete or stored.nbytes + beside.disk <= free else "resident"
 
 
-def _from_top(top: TopScores, temperature: float, logits: Tensor, part: slice) -> Tensor:
-    """The divergence from kept scores, (B, t)."""
-    known = TopScores(top.tokens[:, part], top.log_probabilities[:, part])
-    return top_divergence(known, logits, temperature=temperature)
+def _check_disk(stored: DiskTeacher, directory: Path, beside: Beside) -> None:
+    free = shutil.disk_usage(directory).free
+    if not stored.complete and stored.nbytes + beside.disk > free:
+        further = f", and training {format_bytes(beside.disk)}" if beside.disk else ""
+        raise ResourceError(
+            f"what the original says takes {format_bytes(stored.nbytes)}{further}, but"
+            f" `{directory}` has {format_bytes(free)} free",
+            hint="use fewer samples, another disk, or `--teacher resident`",
+        )
 
 
-def _key(adapter: ModelAdapter, original: Checkpoint, sequences: Tensor, wanted: Wanted) -> str:
-    """A short hash of all that decides what the original says."""
-    digest = hashlib.sha256(json.dumps(asdict(wanted)).encode())
-    digest.update(f"{original.key} {adapter.dtype} {tuple(sequences.shape)}".encode())
-    digest.update(sequences.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _vocabulary(adapter: ModelAdapter) -> int:
-    return int(adapter.config.get_text_config().vocab_size)
+def _check_memory(
+    adapter: ModelAdapter,
+    original: Checkpoint,
+    stored: DiskTeacher,
+    runtime: Runtime,
+    beside: Beside,
+    *,
+    automatic: bool,
+) -> None:
+    """Raises ResourceError if the original does not fit beside the model in training."""
+    needed = int(SPARE * original.parameters * adapter.dtype.itemsize)
+    free = free_for_each(runtime.device, launched().count)
+    if needed + beside.memory > free:
+        tried = f", or {format_bytes(stored.nbytes)} of disk" if automatic else ""
+        further = f", and training {format_bytes(beside.memory)} more" if beside.memory else ""
+        raise ResourceError(
+            f"the original takes {format_bytes(needed)} of memory{tried}{further}, but"
+            f" {format_bytes(free)} are free",
+            hint="use fewer samples and `--teacher disk`",
+        )

@@ -31,12 +31,13 @@ from compresso.recipe import Recipe, make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
-from compresso.stages import heal_memory
+from compresso.stages import heal_disk, heal_memory
 from compresso.stages.heal_choice import Trained, beside_removed, draw, trained
 from compresso.stages.heal_memory import Load, needed
 from compresso.stages.heal_text import followed
 from compresso.stages.training_plot import write_training
-from compresso.training import loop
+from compresso.training import loop, processes
+from compresso.training.model import TrainingModel
 from compresso.training.options import History
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
@@ -416,17 +417,24 @@ def test_memory_is_asked_for_before_anything_is_loaded(checkpoints, tmp_path, mo
         adapter, source, Trained(), low, again=False
     )
     assert difference == heal_memory.TRAINED_BYTES * 8 * (96 + 64)
+    lisa = Trained(
+        tensors=everything.tensors, drawn=[[name] for name in everything.tensors], active=1
+    )
+    at_once = max(source.load(source.names()).values(), key=torch.numel).numel()
+    resting = source.parameters - at_once
+    assert again - needed(adapter, source, lisa, load, again=True) == 12 * resting
+    assert lisa.at_once(source) == at_once and everything.at_once(source) == source.parameters
     for free, asked, message in (
         (whole - 1, "off", "--checkpointing auto"),
         (again - 1, "auto", "--batch-size 1"),
     ):
-        monkeypatch.setattr(heal_memory, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(processes, "free_memory", lambda free=free: free)
         with pytest.raises(ResourceError, match=r"about .*B, but .*B are free") as error:
             heal_memory.decide_checkpointing(adapter, source, everything, load, asked)
         assert message in error.value.hint
-    monkeypatch.setattr(heal_memory, "free_memory", lambda: whole - 1)
+    monkeypatch.setattr(processes, "free_memory", lambda: whole - 1)
     assert heal_memory.decide_checkpointing(adapter, source, everything, load, "auto")
-    monkeypatch.setattr(heal_memory, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(processes, "free_memory", lambda: 10**6)
     with pytest.raises(ResourceError, match="are free"):
         heal(source, tmp_path / "out", "full")
 
@@ -457,3 +465,29 @@ def test_a_run_that_took_too_much_memory_goes_on_with_less(checkpoints, tmp_path
         patched.setattr(KeptState, "keep", killed)
         heal(source, tmp_path / "out", "lora", checkpointing="off")
     assert not changed(heal(source, tmp_path / "out", "lora", checkpointing="on")[1], whole)
+
+
+def test_the_disk_is_asked_for_before_anything_is_trained(checkpoints, tmp_path, monkeypatch):
+    """For the state twice, as it is replaced, or once, and the result."""
+    source = checkpoints("llama")
+    usage = type("Usage", (), {"free": 32 * source.parameters - 1})
+    monkeypatch.setattr(heal_disk.shutil, "disk_usage", lambda _: usage())
+    monkeypatch.setattr(TrainingModel, "__enter__", None)  # it does not come to that
+    with pytest.raises(ResourceError, match=r"take about .*B on the disk, but .*B free") as error:
+        heal(source, tmp_path / "out", "full")
+    assert "-o" in error.value.hint and error.value.exit_code == 5
+    usage.free += 1
+    with pytest.raises(TypeError):
+        heal(source, tmp_path / "out", "full")
+
+
+def test_where_the_teacher_was_is_said(tmp_path):
+    report, _ = heal(pruned(tmp_path, [2]), tmp_path / "out", "norms", distill="logits", top=1)
+    assert report.summary["teacher"] == "disk"
+
+
+def test_lisa_says_how_much_it_may_train(checkpoints, tmp_path):
+    """Not what the last draw let move."""
+    source = checkpoints("llama")
+    report, _ = heal(source, tmp_path / "out", "lisa", active=1)
+    assert report.summary["trained_parameters"] == source.parameters

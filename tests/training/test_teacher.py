@@ -12,9 +12,9 @@ from tiny_models import VOCABULARY, tokens
 from compresso.calibration.opening import open_adapter
 from compresso.errors import ResourceError
 from compresso.runtime import Runtime
-from compresso.training import lessons, teacher
+from compresso.training import disk_teacher, lessons, processes, teacher
 from compresso.training.lessons import Wanted
-from compresso.training.teacher import DiskTeacher, ResidentTeacher, open_teacher
+from compresso.training.teacher import Beside, DiskTeacher, ResidentTeacher, open_teacher
 
 SEQUENCES = tokens(5, 16, seed=9)
 ROWS = torch.tensor([4, 0, 3])
@@ -57,7 +57,7 @@ def close(found, expected, tolerance):
 
 def test_the_disk_says_what_memory_says(checkpoints, family_name, tmp_path, monkeypatch):
     """To the rounding of bfloat16, in which states are kept; in batches of two and of one."""
-    monkeypatch.setattr(teacher, "TOKENS_PER_BATCH", 32)
+    monkeypatch.setattr(disk_teacher, "TOKENS_PER_BATCH", 32)
     source = checkpoints(family_name)
     with resident(source) as memory, disk(source, tmp_path) as stored:
         close(asked(stored), asked(memory), 2**-7)
@@ -77,7 +77,7 @@ def test_states_that_go_to_the_disk_meanwhile_change_nothing(checkpoints, tmp_pa
 @pytest.mark.parametrize("piece", [1, 10**9])
 def test_top_scores_from_the_disk(checkpoints, tmp_path, monkeypatch, piece):
     """A lower bound that comes near; all other tokens count as one."""
-    monkeypatch.setattr(teacher, "LOGITS_BYTES", piece)
+    monkeypatch.setattr(disk_teacher, "LOGITS_BYTES", piece)
     source = checkpoints("llama")
     with resident(source, Wanted(scores=True)) as memory:
         expected = asked(memory)["divergence"]
@@ -93,6 +93,24 @@ def test_top_scores_from_the_disk(checkpoints, tmp_path, monkeypatch, piece):
         assert bool((found < expected + 1e-2).all()) and bool((found > last - 1e-2).all())
         last = found
     assert (last - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_memory_and_disk_keep_as_many_of_the_likely_tokens(checkpoints, tmp_path, temperature):
+    """To the rounding of float16: where the original is, is not to change what is trained."""
+    source = checkpoints("llama")
+    for count in (1, 4, VOCABULARY + 5):
+        wanted = Wanted(scores=True, top=count, temperature=temperature)
+        with resident(source, wanted) as memory, disk(source, tmp_path, wanted) as stored:
+            found, expected = (
+                one.lesson(SEQUENCES[ROWS], ROWS).divergence(LOGITS[:, 2:7], slice(2, 7))
+                for one in (memory, stored)
+            )
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    with resident(source, Wanted(scores=True, temperature=temperature)) as memory:
+        whole = asked(memory)["divergence"]
+    with resident(source, Wanted(scores=True, top=1, temperature=temperature)) as memory:
+        assert (asked(memory)["divergence"] < whole).all()
 
 
 def test_what_was_asked_is_kept_for_a_later_run(checkpoints, tmp_path, monkeypatch):
@@ -164,11 +182,68 @@ def test_the_disk_is_taken_where_it_has_room(checkpoints, tmp_path, monkeypatch)
     with pytest.raises(ResourceError, match=r"takes 30\.7 kB, but .* has 1 kB free") as caught:
         opened(source, tmp_path, "disk")
     assert "resident" in caught.value.hint
-    monkeypatch.setattr(teacher, "free_memory", lambda: 10)
+    monkeypatch.setattr(processes, "free_memory", lambda: 10)
     with pytest.raises(ResourceError, match=r"of memory, or 30\.7 kB of disk, but 10 B are free"):
         opened(source, tmp_path, "auto")
     with pytest.raises(ResourceError, match=r"the original takes .* of memory, but 10 B are free"):
         opened(source, tmp_path, "resident")
+
+
+def test_a_run_that_goes_on_takes_the_same_place(checkpoints, tmp_path, monkeypatch):
+    source = checkpoints("llama")
+    with monkeypatch.context() as full:
+        full.setattr(teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        assert opened(source, tmp_path, "auto").place == "resident"
+    assert opened(source, tmp_path, "auto").place == "resident"
+    assert opened(source, tmp_path / "another", "auto").place == "disk"
+
+
+def test_what_a_killed_run_had_begun_takes_no_room(checkpoints, tmp_path, monkeypatch):
+    source = checkpoints("llama")
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DiskTeacher, "_ask", killed)
+        with pytest.raises(KeyboardInterrupt):
+            opened(source, tmp_path, "disk").__enter__()
+    [begun] = tmp_path.iterdir()
+
+    def free(path):  # as much as it takes, once
+        return type("Usage", (), {"free": 40_000 * (not begun.exists())})()
+
+    monkeypatch.setattr(teacher.shutil, "disk_usage", free)
+    assert opened(source, tmp_path, "disk").place == "disk" and not begun.exists()
+
+
+def test_what_else_has_to_fit_is_counted(checkpoints, tmp_path, monkeypatch):
+    source = checkpoints("llama")
+    original = int(teacher.SPARE * source.parameters * 4)
+
+    def placed(place, beside):
+        return open_teacher(
+            *(source, SEQUENCES, WHOLE),
+            place=place,
+            directory=tmp_path,
+            runtime=runtime(),
+            beside=beside,
+        ).place
+
+    monkeypatch.setattr(processes, "free_memory", lambda: original + 1000)
+    assert placed("resident", Beside(memory=1000)) == "resident"
+    with pytest.raises(ResourceError, match=r"of memory, and training 1 kB more, but"):
+        placed("resident", Beside(memory=1001))
+    monkeypatch.setattr(
+        teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 31_720})()
+    )
+    assert placed("disk", Beside(disk=1000)) == "disk"
+    with pytest.raises(ResourceError, match=r"30\.7 kB, and training 1 kB, but .* has 31\.7 kB"):
+        placed("disk", Beside(disk=1001))
+    for name, value in {"MASTER_ADDR": "x", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ResourceError, match="of memory, but"):  # each has it, of half the memory
+        placed("resident", Beside())
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
