@@ -52,6 +52,7 @@ class Report:
     adapter:     low-rank corrections of the output's linears, by path in the checkpoint; None if it
                  has no adapter.
     written:     what is left to do with an export; None if it is none.
+    earlier:     seconds that earlier runs took, which this one went on from.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Report:
     files: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, LowRank] | None = None
     written: Written | None = None
+    earlier: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """What is kept in `compresso.json` and printed by `--json`."""

@@ -17,8 +17,9 @@ from compresso.beside import ROWS, put_adapter, side_files
 from compresso.calibration.data import Calibration
 from compresso.card import CARD, ORIGIN
 from compresso.checkpoint.checksums import CHECKSUMS, checksums
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import KEPT, STAMP, CheckpointWriter
+from compresso.checkpoint.writer import KEPT, STAMP, WORK, CheckpointWriter
 from compresso.errors import CheckpointError, GateError, Interrupted, ResourceError
 from compresso.exporting import finish_export
 from compresso.gates import check_gates
@@ -31,6 +32,7 @@ from compresso.report import Report, rows_to_csv, show_report
 from compresso.runtime import Runtime, launched, log, warn
 from compresso.settings import CalibrationSettings
 from compresso.step_data import load_data
+from compresso.training.loop import steps_kept
 from compresso.training.processes import Follower, Processes, join
 from compresso.workspace import check_output
 
@@ -170,7 +172,7 @@ class _Work:
         stage = registry.load(registry.stage(self.step.stage).code)
         started = time.perf_counter()
         report: Report = stage(self.source, self.step, self.data, target, self.runtime)
-        report.summary["seconds"] = time.perf_counter() - started
+        report.summary["seconds"] = time.perf_counter() - started + report.earlier
         return report
 
     def record(self, report: Report) -> dict[str, Any]:
@@ -203,9 +205,11 @@ def _write_checkpoint(work: _Work, writer: CheckpointWriter) -> Report:
         ) from error
     except KeyboardInterrupt:
         saved = len(list(writer.partial.glob("model-*.safetensors")))
-        searched = "" if writer.recall() is None else " and the search so far"
+        further = "" if writer.recall() is None else " and the search so far"
+        if steps := steps_kept(KeptState(writer.partial / WORK)):
+            further = f" and training up to step {steps}"
         raise Interrupted(
-            f"interrupted; {saved} finished parts{searched} are saved in `{writer.partial}`",
+            f"interrupted; {saved} finished parts{further} are saved in `{writer.partial}`",
             hint="run the same command again to go on from there",
         ) from None
     return report

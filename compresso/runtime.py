@@ -6,7 +6,6 @@ imported inside the functions that need it, so that messages cost nothing.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from compresso.errors import ConfigError, ResourceError
+from compresso.heap import return_freed_memory
 from compresso.settings import RuntimeSettings
 
 if TYPE_CHECKING:
@@ -34,8 +34,15 @@ _UNITS = {
     **{f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)},
 }
 _SECONDS_BETWEEN_LINES = 10.0
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
-_LARGE_TENSOR, _KEPT = 4 * 2**20, 64 * 2**20
+# Options of `accelerate launch` that do nothing here, by the variables they become.
+_IGNORED = {
+    "ACCELERATE_MIXED_PRECISION": "--mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps",
+    "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend",
+    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing",
+}
+_AS_IF_UNSAID = ("", "no", "false", "1")
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,10 @@ def make_runtime(settings: RuntimeSettings) -> Runtime:
     from transformers.utils import logging
 
     device = _device(settings.device)
-    _return_freed_memory()
+    _warn_of_ignored()
+    return_freed_memory()
+    if device.type == "cuda" and launched().count > 1:
+        torch.cuda.set_device(device)  # what is not told where to be is on this process's own, too
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -129,19 +139,11 @@ def make_runtime(settings: RuntimeSettings) -> Runtime:
     )
 
 
-def _return_freed_memory() -> None:
-    """Let glibc give large tensors back to the system when they are freed, and keep small ones.
-
-    It raises the size from which it does so each time one is freed, up to 32 MB, and a heap of
-    smaller tensors grows holes: by a block's size per block, measured on one of 115 MB. With that
-    size given, it returns all but 128 KB at the end of a heap, and work in tiles, each of some MB,
-    spends a third of its time on getting them back.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_TENSOR)
-            libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+def _warn_of_ignored() -> None:
+    for variable, option in _IGNORED.items():
+        value = os.environ.get(variable, "").lower()
+        if value not in _AS_IF_UNSAID:
+            warn(f"`{option} {value}` of `accelerate launch` does nothing here")
 
 
 def _device(name: str) -> torch.device:

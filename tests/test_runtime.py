@@ -52,6 +52,36 @@ def test_float32_is_not_rounded():
     assert not torch.backends.cudnn.allow_tf32
 
 
+def test_every_process_is_on_its_own_gpu(monkeypatch):
+    """Also what PyTorch puts on the current one, such as a mesh of devices."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    made(device="cuda")
+    assert not current
+    places = {"MASTER_ADDR": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    assert made(device="cuda").device == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    made(device="cpu")
+    assert len(current) == 1
+
+
+def test_what_the_launcher_was_told_in_vain_is_said(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    made(device="cpu")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    made(device="cpu")
+    said = capsys.readouterr().err
+    assert "`--mixed_precision bf16` of `accelerate launch` does nothing" in said
+    assert "`--fsdp_offload_params true`" in said
+
+
 def test_settings_are_taken():
     chosen = made(device="cpu", dtype="bfloat16", max_memory="1MB", trust_remote_code=True)
     assert chosen == Runtime(torch.device("cpu"), torch.bfloat16, 10**6, True)

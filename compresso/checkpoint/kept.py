@@ -53,6 +53,18 @@ class KeptState:
                 hint="make room, or give access, and run the same command again",
             ) from error
 
+    def values(self, name: str) -> dict[str, Any] | None:
+        """The plain values that were stored last by that name; None if nothing was.
+
+        Raises CheckpointError if the file is damaged.
+        """
+        path = self.directory / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        with open_shard(path, hint="pass `--fresh` to start over") as shard:
+            values: dict[str, Any] = json.loads(shard.metadata()[VALUES])
+        return values
+
     def kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was stored last by that name, also by an earlier run; None if nothing was.
 

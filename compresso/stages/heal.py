@@ -199,6 +199,7 @@ class _Work:
     ) -> None:
         """What training came to, for the report."""
         report = self.report
+        report.earlier = history.earlier
         found = told(history, model, options, len(self.text.data))
         report.summary |= found
         report.summary |= {

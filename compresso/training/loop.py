@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from math import exp, inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compresso.errors import NumericalError
+from compresso.checkpoint.kept import KeptState
+from compresso.errors import NumericalError, ResourceError
 from compresso.runtime import log, track
 from compresso.training.model import TrainingModel
 from compresso.training.optimizer import Optimizer
 from compresso.training.options import NEXT_TOKEN, History, Objective, Store, TrainOptions
 from compresso.training.order import rows_of_step
-from compresso.training.processes import ALONE, Processes, like, whole
+from compresso.training.processes import ALONE, Processes, gathered, like
 from compresso.training.share import Share
 
 __all__ = ["History", "Objective", "Store", "TrainOptions", "train"]
 
 STATE = "training"
 SECONDS_BETWEEN_SAVES = 60.0
+SECONDS_OF_A_SAVE = 3.0  # that it may take then: a twentieth
 
 Choose = Callable[[int], Sequence[int]]
+
+
+def steps_kept(store: KeptState) -> int:
+    """The steps after which the state of a run was kept last; 0 if none was."""
+    values = store.values(STATE)
+    return 0 if values is None else sum(1 for row in values["history"]["rows"] if row["step"])
 
 
 def train(
@@ -74,6 +83,9 @@ class _Training:
         self._history = History()
         self._best = self._copy()
         self._stale = 0  # measurements since the best one
+        self._whole = True  # what is kept would be of the end of a step
+        self._begun = time.monotonic()
+        self._saved, self._pause = time.monotonic(), pause_after(0.0)
         self.choose: Choose | None = None
 
     def run(self, store: Store | None, title: str) -> History:
@@ -82,27 +94,53 @@ class _Training:
         kept = store.kept(STATE) if store is not None else None
         if kept is not None:
             self._restore(*kept)
-        else:
-            self._evaluate(0, title)
-        begun, saved = len(self._steps()), time.monotonic()
+        begun = len(self._steps())
+        if not begun or self._was_stopped_measuring(begun):
+            self._evaluate(begun, title)
         ahead = range(begun, self._options.steps) if history.ended == "all steps" else range(0)
-        for step in track(ahead, len(ahead), title):
-            self._step(step)
-            last = step + 1 == self._options.steps
-            due = last or (step + 1) % self._options.evaluate_every == 0
-            if due and history.ended == "all steps":
-                self._evaluate(step + 1, title)
-            stop = history.ended != "all steps"
-            late = self._share.processes.agree(time.monotonic() - saved > SECONDS_BETWEEN_SAVES)
-            if store is not None and (last or stop or late):
-                store.keep(STATE, *self._state())
-                saved = time.monotonic()
-            if stop:
-                break
+        try:
+            self._go_on(ahead, store, title)
+        except KeyboardInterrupt:
+            self._keep_at_once(store)
+            raise
         if history.ended == "diverged" and (kept is None or len(ahead) or not history.best_step):
             raise _diverged(history, len(self._steps()))
         self._put(self._best)
         return history
+
+    def _go_on(self, ahead: range, store: Store | None, title: str) -> None:
+        """Make these steps, or as many as it takes."""
+        history = self._history
+        for step in track(ahead, len(ahead), title):
+            self._step(step)
+            if self._due(step + 1) and history.ended == "all steps":
+                self._evaluate(step + 1, title)
+            last, stop = step + 1 == self._options.steps, history.ended != "all steps"
+            late = self._share.processes.agree(time.monotonic() - self._saved > self._pause)
+            if store is not None and (last or stop or late):
+                self._keep(store)
+            if stop:
+                break
+
+    def _due(self, step: int) -> bool:
+        """Whether held-out text is measured after so many steps."""
+        return step == self._options.steps or step % self._options.evaluate_every == 0
+
+    def _was_stopped_measuring(self, step: int) -> bool:
+        """Whether the state was kept when held-out text should have been measured, and was not."""
+        going = self._history.ended == "all steps"
+        return going and self._due(step) and "heldout_loss" not in self._history.rows[-1]
+
+    def _keep_at_once(self, store: Store | None) -> None:
+        """Store the state of a run that is told to stop, if that is quick and the state is whole.
+
+        Nothing is put together then: the other processes may be anywhere.
+        """
+        alone = not self._share.processes.sharded
+        quick = self._pause <= pause_after(0.0)
+        if store is not None and alone and quick and self._whole and self._steps():
+            with suppress(ResourceError):  # what was kept before stays
+                self._keep(store)
 
     def _steps(self) -> list[dict[str, float]]:
         """The rows of all steps so far."""
@@ -120,6 +158,7 @@ class _Training:
         self._share.model.training(False)
         self._share.add_gradients(moved)
         gradient = self._optimizer.clip(moved)
+        self._whole = False
         if isfinite(found["loss"]) and isfinite(gradient):
             self._optimizer.move(moved, options.rate_at(step))
         else:
@@ -128,6 +167,7 @@ class _Training:
         history.tokens += options.sequences * self._sequences.shape[1]
         row = {"step": step + 1, "tokens": history.tokens, **found}
         history.rows.append(row | {"rate": options.rate_at(step), "gradient": gradient})
+        self._whole = True
 
     def _choose(self, step: int) -> list[int]:
         """The parameters that a step moves; the optimizer forgets about the others."""
@@ -145,7 +185,7 @@ class _Training:
         rows = list(range(self._available, len(self._sequences)))
         with torch.no_grad():
             found = self._share.measure(self._sequences, rows, step, backward=False)
-        history = self._history
+        history, self._whole = self._history, False
         measured = {f"heldout_{name}": value for name, value in found.items()}
         if NEXT_TOKEN in found:
             measured["heldout_ppl"] = exp(min(found[NEXT_TOKEN], 700.0))
@@ -162,6 +202,7 @@ class _Training:
             self._stale += 1
             if self._options.patience and self._stale >= self._options.patience:
                 history.ended = "no further gain"
+        self._whole = True
         log(_line(title, history))
 
     def _copy(self) -> list[Tensor]:
@@ -172,13 +213,22 @@ class _Training:
         for parameter, value in zip(self._share.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that changes from step to step. All processes have to ask, if it is split."""
-        tensors, moves = self._optimizer.state()
-        for kind, values in (("value", self._copy()), ("best", self._best)):
-            tensors |= {f"{kind}.{number}": whole(value) for number, value in enumerate(values)}
+    def _keep(self, store: Store) -> None:
+        """Store all that changes from step to step. All processes have to ask, if it is split."""
+        started = time.monotonic()
+        self._history.elapsed = self._history.earlier + started - self._begun
         history = {name: getattr(self._history, name) for name in vars(self._history)}
-        return tensors, {"moves": moves, "stale": self._stale, "history": history}
+        values = {"moves": self._optimizer.moves(), "stale": self._stale, "history": history}
+        tensors = gathered(self._tensors(), first=self._share.processes.first)
+        store.keep(STATE, tensors, values)
+        self._saved = time.monotonic()
+        self._pause = pause_after(self._saved - started)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for number, parameter in enumerate(self._share.parameters):
+            yield f"value.{number}", parameter.detach()
+            yield f"best.{number}", self._best[number]
+        yield from self._optimizer.moments()
 
     def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         for number, parameter in enumerate(self._share.parameters):
@@ -189,6 +239,12 @@ class _Training:
         self._stale = values["stale"]
         for name, value in values["history"].items():
             setattr(self._history, name, value)
+        self._history.earlier = self._history.elapsed
+
+
+def pause_after(seconds: float) -> float:
+    """Seconds until the next save, where one takes so many: at most a twentieth goes into saves."""
+    return SECONDS_BETWEEN_SAVES * max(1.0, seconds / SECONDS_OF_A_SAVE)
 
 
 def _line(title: str, history: History) -> str:

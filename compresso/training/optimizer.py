@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
 import torch
@@ -50,20 +50,20 @@ class Optimizer:
         for number in numbers:
             self._adam.state.pop(self._parameters[number], None)
 
-    def state(self) -> tuple[dict[str, Tensor], list[float]]:
-        """Moments by name, and how often each parameter was moved."""
-        tensors: dict[str, Tensor] = {}
-        moves: list[float] = []
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What is remembered of gradients, by name; split among processes as parameters are."""
         for number, parameter in enumerate(self._parameters):
-            held = self._adam.state.get(parameter, {})
-            moves.append(float(held["step"]) if held else 0.0)
-            for name, own in MOMENTS.items():
-                if held:
-                    tensors[f"{name}.{number}"] = whole(held[own])
-        return tensors, moves
+            if held := self._adam.state.get(parameter):
+                for name, own in MOMENTS.items():
+                    yield f"{name}.{number}", held[own]
+
+    def moves(self) -> list[float]:
+        """How often each parameter was moved, since it began anew."""
+        held = [self._adam.state.get(parameter) for parameter in self._parameters]
+        return [float(one["step"]) if one else 0.0 for one in held]
 
     def restore(self, tensors: dict[str, Tensor], moves: Sequence[float]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `moments`, put together, and `moves` gave."""
         for number, parameter in enumerate(self._parameters):
             if moves[number]:
                 self._adam.state[parameter] = {

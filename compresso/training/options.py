@@ -94,6 +94,8 @@ class History:
     best_step: after which the held-out loss was least; that state is what the model was left in.
     ended:     why training ended.
     seconds:   that steps took, evaluation apart. tokens: that they read.
+    elapsed:   seconds of training in all, evaluation with it, up to when the state was kept last.
+    earlier:   of these, those of earlier runs that this one goes on from.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -101,6 +103,8 @@ class History:
     ended: Literal["all steps", "no further gain", "diverged"] = "all steps"
     seconds: float = 0.0
     tokens: int = 0
+    elapsed: float = 0.0
+    earlier: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

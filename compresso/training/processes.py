@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,6 +127,20 @@ def free_for_each(device: torch.device, count: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory() // count
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, first: bool) -> dict[str, Tensor]:
+    """Tensors by name, put together where they are split; all processes have to ask.
+
+    Only the first process gets them. Of those that are split one at a time is whole on a device:
+    they wait on the CPU for the others. The rest are not copied.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        together = whole(tensor)
+        if first:
+            found[name] = together if together is tensor else together.cpu()
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from math import log
 
 import numpy as np
@@ -21,6 +22,7 @@ from compresso.errors import (
     CheckpointError,
     CompressoError,
     ConfigError,
+    Interrupted,
     NumericalError,
     ResourceError,
 )
@@ -39,6 +41,7 @@ from compresso.stages.training_plot import write_training
 from compresso.training import loop, processes
 from compresso.training.model import TrainingModel
 from compresso.training.options import History
+from compresso.training.share import Share
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
 LINEAR = "_proj.weight"
@@ -491,3 +494,29 @@ def test_lisa_says_how_much_it_may_train(checkpoints, tmp_path):
     source = checkpoints("llama")
     report, _ = heal(source, tmp_path / "out", "lisa", active=1)
     assert report.summary["trained_parameters"] == source.parameters
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_run_that_is_stopped_keeps_all_of_its_steps(checkpoints, tmp_path, monkeypatch, backward):
+    """In a step, and while it measures; what it took counts on."""
+    source, left, passed = checkpoints("llama"), [3], [0.0]
+    whole = heal(source, tmp_path / "whole", "full")[1]
+    measure, now = Share.measure, time.monotonic
+
+    def stopped(self, *values, **options):
+        passed[0] += 1000.0
+        left[0] -= options["backward"] is backward
+        if not left[0]:
+            raise KeyboardInterrupt
+        return measure(self, *values, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Share, "measure", stopped)
+        patched.setattr(loop.time, "monotonic", lambda: now() + passed[0])
+        patched.setattr(loop, "SECONDS_BETWEEN_SAVES", 10.0**9)
+        steps = 2 if backward else 4
+        with pytest.raises(Interrupted, match=rf"parts and training up to step {steps} are saved"):
+            heal(source, tmp_path / "out", "full")
+    report, healed = heal(source, tmp_path / "out", "full")
+    assert not changed(healed, whole)
+    assert 4000 < report.summary["seconds"] < 10_000

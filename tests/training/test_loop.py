@@ -14,7 +14,7 @@ from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, NumericalError, ResourceError
 from compresso.models.adapter import ModelAdapter
-from compresso.training import loop
+from compresso.training import loop, processes
 from compresso.training.loop import TrainOptions, train
 from compresso.training.model import TrainingModel
 from compresso.training.objectives import MixedObjective, Shares
@@ -251,6 +251,38 @@ def test_a_model_without_a_loss_is_not_trained(source, tmp_path):
     with pytest.raises(NumericalError, match="before the first step") as error:
         run(source, objective=nothing, store=store)
     assert "--rate" not in error.value.hint and store.kept("training") is None
+
+
+def test_saves_take_a_small_share_of_the_time(source, monkeypatch):
+    """A save that takes long is made less often; a quick one every minute."""
+    assert loop.pause_after(0.0) == loop.pause_after(2.9) == 60
+    assert loop.pause_after(30.0) == 600
+    now, kept = [0.0], []
+
+    class Slow:
+        def kept(self, name):
+            return None
+
+        def keep(self, name, tensors, values):
+            now[0] += 12.0
+            kept.append(len(values["history"]["rows"]))
+
+    def takes(parts):
+        now[0] += 61.0
+        return parts
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    run(source, objective=Fails(0, takes), store=Slow(), steps=10)
+    assert [rows - 1 for rows in kept] == [1, 5, 9, 10]  # after 240 s each, and at the end
+
+
+def test_what_is_split_is_put_together_for_the_first_process_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(processes, "whole", lambda tensor: asked.append(tensor) or tensor + 0)
+    tensors = [("a", torch.arange(3)), ("b", torch.arange(2))]
+    assert processes.gathered(iter(tensors), first=False) == {} and len(asked) == 2
+    found = processes.gathered(iter(tensors), first=True)
+    assert same(found, dict(tensors)) and len(asked) == 4
 
 
 def test_kept_state_is_whole_or_not_there(tmp_path):
