@@ -20,7 +20,11 @@ class HealSettings:
     ] = None
     tokens: Annotated[
         int | None,
-        limit(ge=1, description="Tokens to train on, at most, in place of `steps`."),
+        limit(
+            ge=1,
+            description="Tokens to train on, in place of `steps`: as many whole steps as they make,"
+            " at least one.",
+        ),
     ] = None
     sequences: Annotated[int, limit(ge=1, description="Sequences per step of the optimizer.")] = 8
     rate: Annotated[
@@ -90,6 +94,16 @@ class HealSettings:
         limit(description="Draw training as a .png; done if matplotlib is installed."),
     ] = None
     seed: Annotated[int, limit(ge=0, description="Seed of every random choice.")] = 0
+
+    def steps_of(self, length: int) -> int:
+        """Steps of the optimizer, at most, on sequences of so many tokens."""
+        if self.tokens is None:
+            return self.steps or DEFAULT_STEPS
+        return max(1, self.tokens // (self.sequences * length))
+
+    def reads(self, length: int) -> int:
+        """Sequences of so many tokens that these steps read."""
+        return self.steps_of(length) * self.sequences
 
     @checked
     def _check_amount(self) -> Self:

@@ -77,7 +77,8 @@ def _load_all(
     for step in recipe.steps:
         evaluates = step.stage == "eval"
         calibrated = registry.reads_text(step.stage, step.method, step.settings)
-        trains = registry.stage(step.stage).trains  # some is kept apart then, to judge by
+        # What trains keeps some apart, to judge by, and says how much it needs.
+        trains = step.settings if registry.stage(step.stage).trains else None
         read = step.settings if evaluates else (calibrated, trains, original_named(step))
         if read not in loaded:
             loaded[read] = load_data(step, original, recipe.calibration, runtime, directory)

@@ -15,7 +15,15 @@ Dataset = Annotated[
         " writes. `auto`: `stdlib` for the bundled model, else `wikitext2`."
     ),
 ]
-Samples = Annotated[int, limit(ge=1, description="Sequences to read.")]
+DEFAULT_SAMPLES = 128
+Samples = Annotated[
+    int | None,
+    limit(
+        ge=1,
+        description=f"Sequences to read; if not given, {DEFAULT_SAMPLES}, and for `heal` as many as"
+        " its steps use, where the text has them.",
+    ),
+]
 Length = Annotated[
     int | None,
     limit(ge=8, description="Tokens per sequence; the smaller of 2048 and the model's limit."),
@@ -28,7 +36,7 @@ class CalibrationSettings:
     """Where the calibration tokens come from."""
 
     dataset: Dataset = "auto"
-    samples: Samples = 128
+    samples: Samples = None
     length: Length = None
     seed: Seed = 0
     batch_size: Annotated[
@@ -44,6 +52,11 @@ class CalibrationSettings:
             gt=0, le=1, description="For `self`: draw from the tokens that together have so much."
         ),
     ] = 1.0
+
+    @property
+    def wanted(self) -> int:
+        """How many sequences to read, where nothing else decides that."""
+        return self.samples or DEFAULT_SAMPLES
 
     @checked
     def _only_for_self(self) -> CalibrationSettings:

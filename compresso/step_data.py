@@ -35,7 +35,7 @@ def load_data(
     if step.stage == "eval":
         held_out = CalibrationSettings(
             dataset=step.settings.dataset,
-            samples=step.settings.samples or CalibrationSettings.samples,
+            samples=step.settings.samples,
             length=step.settings.length,
             seed=step.settings.seed,
         )
@@ -51,6 +51,7 @@ def load_data(
             keep_back=registry.stage(step.stage).trains,
             trust_remote_code=trust,
             author=author,
+            used=getattr(step.settings, "reads", None),
         )
     else:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,24 @@ def load_calibration(
     keep_back: bool = False,
     trust_remote_code: bool = False,
     author: Author | None = None,
+    used: Callable[[int], int] | None = None,
 ) -> Calibration:
     """Random crops of the dataset's training text, as GPTQ draws them; seeded.
 
     keep_back: of a local text or of ids, which have no held-out part, take nothing from the last
                tenth, which `load_heldout` gives then.
     author:    who writes the text, if the dataset is `self`.
+    used:      how many sequences of a length will be used: read so many if the settings do not say
+               how many, or what there is. What is written for it costs too much for that.
 
     Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
     cannot be right for this model.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
     written: dict[str, Any] = {}
+    asked = settings.wanted
+    if settings.samples is not None:
+        used = None
     if dataset == SELF:
         assert author is not None
         sequences, written = generated(author, settings, length=length, held_out=False)
@@ -70,28 +76,30 @@ def load_calibration(
         sequences, available = _read_tokens(Path(dataset), settings.length), None
         if keep_back:
             sequences = _apart(sequences, dataset)[0]
-        if len(sequences) < settings.samples:
+        if used is not None:
+            asked = min(used(sequences.shape[1]), len(sequences))
+        if len(sequences) < asked:
             beside = " beside those kept back to judge by" if keep_back else ""
             raise CheckpointError(
                 f"`{dataset}` holds {len(sequences)} sequences{beside}, fewer than the"
-                f" {settings.samples} asked for",
+                f" {asked} asked for",
                 hint=f"pass `--nsamples {len(sequences)}`",
             )
-        sequences = sequences[: settings.samples]
+        sequences = sequences[:asked]
     else:
         stream = _token_stream(dataset, source, held_out=False, trust=trust_remote_code)
         if keep_back and Path(dataset).exists():
             stream = _apart(stream, dataset)[0]
         available = len(stream)
         _check_long_enough(available, length, dataset)
-        generator = torch.Generator().manual_seed(settings.seed)
-        starts = torch.randint(0, available - length + 1, (settings.samples,), generator=generator)
-        sequences = torch.stack([stream[start : start + length] for start in starts.tolist()])
+        if used is not None:
+            asked = min(used(length), max(asked, available // length))
+        sequences = _crops(stream, asked, length, settings.seed)
     record = {
         "dataset": dataset,
         "split": "calibration",
         "seed": settings.seed,
-        "sequences_asked": settings.samples,
+        "sequences_asked": asked,
         **written,
     }
     return _batched(sequences, settings.batch_size, record, available, source)
@@ -134,11 +142,11 @@ def load_heldout(
         available = len(stream)
         _check_long_enough(available, length, dataset)
         windows = stream[: available // length * length].reshape(-1, length)
-    used = len(windows) if whole else min(settings.samples, len(windows))
+    used = len(windows) if whole else min(settings.wanted, len(windows))
     spaced = torch.arange(used) * len(windows) // used
     record: dict[str, Any] = {"dataset": dataset, "split": "held out", **written}
     if not whole:
-        record["sequences_asked"] = settings.samples
+        record["sequences_asked"] = settings.wanted
     return _batched(windows[spaced], settings.batch_size, record, available, source)
 
 
@@ -176,6 +184,13 @@ def _token_stream(dataset: str, source: Checkpoint, *, held_out: bool, trust: bo
             ids.append(tokenizer.end)
         ids += tokenizer.encode(text, special=number == 0)
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _crops(stream: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """Runs of a text from anywhere, (count, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length + 1, (count,), generator=generator)
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
 
 
 def _apart(tokens: Tensor, dataset: str) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,8 @@ def _write(
         )
     generator = torch.Generator().manual_seed(2 * settings.seed + HELD_OUT * held_out)
     # One draw for each token, whatever is written at once.
-    draws = torch.rand(settings.samples, length, generator=generator, dtype=torch.float64)
-    first = torch.full((settings.samples,), start.token or 0)
+    draws = torch.rand(settings.wanted, length, generator=generator, dtype=torch.float64)
+    first = torch.full((settings.wanted,), start.token or 0)
     if start.token is None:
         vocabulary = int(adapter.config.get_text_config().vocab_size)
         first = (draws[:, 0] * vocabulary).long()
@@ -166,7 +166,7 @@ def _key(
     """A short hash of all that decides what is written."""
     parts = [
         *(__version__, author.checkpoint.key, str(adapter.dtype), str(adapter.device)),
-        *(settings.samples, length, settings.seed, held_out),
+        *(settings.wanted, length, settings.seed, held_out),
         *(settings.sampling_temperature, settings.top_p, start.token, start.follows),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -10,7 +10,6 @@ from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.changed import ChangedCheckpoint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import ConfigError
-from compresso.heal_settings import DEFAULT_STEPS
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.runtime import Runtime
@@ -61,9 +60,7 @@ def make_plan(
     adapter = open_adapter(base, runtime, dtype=training_dtype(source, runtime))
     moved = trained(adapter, source, step)
     length = text.data.shape[1]
-    steps = settings.steps or DEFAULT_STEPS
-    if settings.tokens is not None:
-        steps = max(1, settings.tokens // (settings.sequences * length))
+    steps = settings.steps_of(length)
     load = Load(
         sequences=min(text.micro, settings.sequences),
         length=length,

@@ -38,6 +38,7 @@ from compresso.stages.heal_choice import Trained, beside_removed, draw, trained
 from compresso.stages.heal_memory import Load, needed
 from compresso.stages.heal_text import followed
 from compresso.stages.training_plot import write_training
+from compresso.step_data import load_data
 from compresso.training import loop, processes
 from compresso.training.model import TrainingModel
 from compresso.training.options import History
@@ -203,6 +204,19 @@ def test_a_merged_correction_is_what_an_adapter_is(tmp_path):
         heal(healed, tmp_path / "not", "norms")
 
 
+@pytest.mark.parametrize("linears", ["all", "mlp"])
+def test_an_adapter_that_is_trained_on_is_merged_as_a_whole(tmp_path, linears):
+    """Also what of it is in linears that would get no correction now."""
+    source = model(tmp_path / "model")
+    beside, adapted = heal(source, tmp_path / "beside", "lora", merge=False)
+    report, healed = heal(adapted, tmp_path / "out", "lora", linears=linears)
+    before, after = beside.summary["ppl_healed"], report.summary["ppl_healed"]
+    assert report.summary["ppl_unhealed"] == pytest.approx(before, rel=1e-4) and after < before
+    assert healed.adapter is None
+    assert changed(source, healed) == EXPECTED["lora"](source)
+    assert report.summary["unchanged_tensors"] == len(source.names()) - 7 * BLOCKS
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_beside_codes_an_adapter_is_written(tmp_path, method):
     source = quantized(tmp_path, bits=2, group_size=32)
@@ -309,6 +323,30 @@ def test_a_recipe_keeps_back_what_it_judges_by(tmp_path):
     report = run("heal", Checkpoint(outcomes[0].path), tmp_path / "alone", method="norms", **FEW)
     assert report.rows == outcomes[1].report.rows
     assert Checkpoint(tmp_path / "alone").key == outcomes[1].key
+
+
+def test_as_much_is_read_as_is_used(tmp_path):
+    """Unless told otherwise; of ids all there are, and no text more often than it has parts."""
+    source = Checkpoint(save_tiny(tmp_path / "model"))
+    many = {"steps": 50, "sequences": 8}
+    report, _ = heal(source, tmp_path / "few", "norms", samples=None)
+    assert report.summary["epochs"] == 1 and report.summary["tokens_seen"] == 4 * 4 * 16
+    assert read_record(tmp_path / "few")["calibration"]["sequences_used"] == 16
+    heal(source, tmp_path / "all", "norms", samples=None, evaluate_every=50, **many)
+    assert read_record(tmp_path / "all")["calibration"]["sequences_used"] == 18
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefg" * 1000)
+
+    def read(method="norms", stage="heal", samples=None, **values):
+        step = make_step(stage, {"method": method, **values}, where="test")
+        asked = CalibrationSettings(dataset=str(text), length=16, samples=samples)
+        return load_data(step, source, asked, RUNTIME, tmp_path).record["sequences_used"]
+
+    assert read(**many) == 6300 // 16 and read(samples=7, **many) == 7
+    assert read(steps=3) == read(tokens=3 * 8 * 16 + 5) == 24
+    assert read("gptq", "quantize") == read("rilq", "compensate") == 128
+    text.write_text("abcdefg" * 50)  # of a short text as much as ever
+    assert read(**many) == 128
 
 
 def test_a_local_text_keeps_its_end_back(tmp_path):
