@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log as natural
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, log
-from compresso.stages.compensate_summary import told
+from compresso.stages.compensate_summary import recovered, told
 from compresso.stages.heal_choice import Trained, draw
 from compresso.stages.heal_disk import check_disk, disk_left
 from compresso.stages.heal_measure import measure
@@ -118,7 +117,7 @@ class _Work:
             )
             self._sum_up(moved, model, history, plan.options)
             if not moved.linears:
-                return history, Output(model.trained_tensors())
+                return history, Output(model.trained_tensors(first=processes.first))
             merge = not source.packed and step.settings.merge is not False
             return history, of_corrections(model, source, merge=merge)
 
@@ -216,8 +215,8 @@ class _Work:
             )
         if found["epochs"] > MANY_EPOCHS:
             report.warnings.append(
-                f"the text was read {found['epochs']:.0f} times: more of it (`--nsamples`) heals"
-                " better"
+                f"the text was read {found['epochs']:.0f} times: more of it (`--nsamples`), or a"
+                " longer one, heals better"
             )
         if not history.best_step:
             report.warnings.append("training never lowered the held-out loss: nothing has changed")
@@ -226,10 +225,8 @@ class _Work:
 def _perplexities(summary: dict[str, Any], history: History) -> dict[str, float]:
     """Those of the held-out text, and the share of what was lost that came back."""
     before, healed = history.heldout(0)["heldout_ppl"], summary["ppl_healed"]
-    found = {"ppl_unhealed": before, "ppl_healed": healed}
     if (original := summary.get("ppl_original")) is None:
-        return found
-    found = {"ppl_original": original, **found}
-    if before > original:
-        found["recovered"] = natural(before / healed) / natural(before / original)
-    return found
+        return {"ppl_unhealed": before, "ppl_healed": healed}
+    names = {"ppl_before": "ppl_unhealed", "ppl_after": "ppl_healed"}
+    found = recovered(original, before, healed)
+    return {names.get(name, name): value for name, value in found.items()}

@@ -138,17 +138,18 @@ class TrainingModel:
             found.append(parameter)
         return found
 
-    def trained_tensors(self) -> dict[str, Tensor]:
+    def trained_tensors(self, *, first: bool = True) -> dict[str, Tensor]:
         """What `train_tensors` made trainable, by name in the checkpoint, in the types stored.
 
-        On the CPU. If it is split among processes, all of them have to ask.
+        On the CPU. If it is split among processes, all of them have to ask, and only the `first`
+        gets it.
         """
-        return {
-            stored: whole(self._parameter(self._names[stored][0]).detach())
-            .to(self.source.weight_info(stored).dtype)
-            .cpu()
-            for stored in self._trained
-        }
+        found: dict[str, Tensor] = {}
+        for stored in self._trained:
+            together = whole(self._parameter(self._names[stored][0]).detach())
+            if first:
+                found[stored] = together.to(self.source.weight_info(stored).dtype).cpu()
+        return found
 
     def trained_parameters(self) -> int:
         """Weights that are trained, also those that do not move for now."""

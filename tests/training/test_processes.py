@@ -142,15 +142,19 @@ def test_launchers_that_are_not_supported_are_refused(monkeypatch):
         launched()
 
 
-def test_accelerate_launch_runs_the_command_unchanged(tmp_path):
-    """One of two processes writes and speaks; the result is that of one."""
+@pytest.mark.parametrize("way", ["--multi_gpu", "--use_fsdp"])
+def test_accelerate_launch_runs_the_command_unchanged(tmp_path, way):
+    """One of two processes writes and speaks; the result is that of one.
+
+    With their own copies of the model each, and with one that they split.
+    """
     build("llama").save_pretrained(tmp_path / "model")
     ids = tokens(18, 16, seed=5)
     np.save(tmp_path / "tokens.npy", torch.cat((ids, ids[:2])).numpy())
     words = ["heal", str(tmp_path / "model"), "--dataset", str(tmp_path / "tokens.npy")]
     words += ["--nsamples", "18", "--steps", "3", "--sequences", "6", "--batch-size", "3"]
     words += ["--evaluate-every", "2", "--rate", "0.01", "--dtype", "float32", "--no-plot"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", way]
     launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
