@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compresso.kernels.divergence import relative_entropy
+
 
 @dataclass(frozen=True)
 class TopScores:
@@ -32,7 +34,7 @@ def softened_divergence(original: Tensor, trained: Tensor, *, temperature: float
     """
     expected = _log_softmax(original, temperature)
     actual = _log_softmax(trained, temperature)
-    return temperature**2 * _divergence(expected, actual)
+    return temperature**2 * relative_entropy(expected, actual)
 
 
 def top_scores(logits: Tensor, count: int, *, temperature: float) -> TopScores:
@@ -58,7 +60,7 @@ def top_divergence(original: TopScores, trained: Tensor, *, temperature: float) 
     scores = _log_softmax(trained, temperature)
     chosen = scores.gather(-1, original.tokens)
     actual = torch.cat((chosen, _others(scores, original.tokens)), -1)
-    return temperature**2 * _divergence(original.log_probabilities.float(), actual)
+    return temperature**2 * relative_entropy(original.log_probabilities.float(), actual)
 
 
 def unit_states(hidden: Tensor) -> Tensor:
@@ -77,11 +79,6 @@ def unit_states(hidden: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     wide = logits.float()
     return torch.log_softmax(wide if temperature == 1 else wide / temperature, dim=-1)
-
-
-def _divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    probability = expected.exp()
-    return (probability * (expected - actual)).masked_fill(probability == 0, 0.0).sum(-1)
 
 
 def _others(scores: Tensor, tokens: Tensor) -> Tensor:

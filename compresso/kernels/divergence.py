@@ -57,7 +57,7 @@ def token_scores(original: Tensor, compressed: Tensor, targets: Tensor) -> Token
     return TokenScores(
         original=_pick(expected, targets),
         compressed=_pick(actual, targets),
-        divergence=_divergence(expected, actual),
+        divergence=relative_entropy(expected, actual),
         same_top=original.argmax(-1) == compressed.argmax(-1),
     )
 
@@ -80,7 +80,16 @@ def divergence(original: Tensor, compressed: Tensor) -> Tensor:
     A token the original gives probability 0 adds nothing. Raises NumericalError if the logits
     hold NaN.
     """
-    return _divergence(_log_probabilities(original), _log_probabilities(compressed))
+    return relative_entropy(_log_probabilities(original), _log_probabilities(compressed))
+
+
+def relative_entropy(expected: Tensor, actual: Tensor) -> Tensor:
+    """KL(expected || actual) of log-probabilities over the last dimension, (...), in nats.
+
+    What `expected` gives probability 0 adds nothing.
+    """
+    probability = expected.exp()
+    return (probability * (expected - actual)).masked_fill(probability == 0, 0.0).sum(-1)
 
 
 def mean(samples: Tensor) -> Estimate:
@@ -119,11 +128,6 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     if bool(torch.isnan(scores).any()):
         raise NumericalError("the model's logits are not numbers (NaN)")
     return scores
-
-
-def _divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    probability = expected.exp()
-    return (probability * (expected - actual)).masked_fill(probability == 0, 0.0).sum(-1)
 
 
 def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:

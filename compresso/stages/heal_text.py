@@ -19,7 +19,7 @@ from compresso.provenance import lineage
 from compresso.recipe import Step
 from compresso.runtime import Runtime
 from compresso.settings import CalibrationSettings
-from compresso.stages.original import block_map, original_of
+from compresso.stages.original import block_count, block_map, original_of
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.processes import join
 from compresso.training.teacher import Beside, Wanted, open_teacher
@@ -127,7 +127,7 @@ def open_objective(
     assert original is not None
     shares, pairs = Shares(next_token=1 - weight, divergence=weight), {}
     if settings.distill != "logits":
-        pairs = followed(block_map(source, original), _count(original))
+        pairs = followed(block_map(source, original), block_count(original))
         if settings.distill == "tail":
             shares = Shares(next_token=1 - weight, divergence=weight, blocks=weight)
             pairs = dict(list(pairs.items())[-TAIL_BLOCKS:])
@@ -165,8 +165,3 @@ def followed(origins: list[int], count: int) -> dict[int, int]:
     """
     after = [*origins[1:], count]
     return {block: following - 1 for block, following in enumerate(after)}
-
-
-def _count(checkpoint: Checkpoint) -> int:
-    keys = ("num_hidden_layers", "n_layer")
-    return int(next(checkpoint.config[key] for key in keys if key in checkpoint.config))

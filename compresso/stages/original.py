@@ -66,13 +66,13 @@ def block_map(source: Checkpoint, original: Checkpoint) -> list[int]:
 
     Raises CheckpointError if neither tells.
     """
-    count, found = _block_count(source), list(range(_block_count(original)))
+    count, found = block_count(source), list(range(block_count(original)))
     for record in _since(source, original):
         if record["step"]["stage"] == "prune":
             gone = record["report"]["summary"]["removed_blocks"]
             found = [block for place, block in enumerate(found) if place not in gone]
     if len(found) != count:
-        found = list(range(_block_count(original)))
+        found = list(range(block_count(original)))
     if len(found) != count:
         raise CheckpointError(
             f"nothing records which {count} of the {len(found)} blocks of `{original.path}` are"
@@ -80,6 +80,12 @@ def block_map(source: Checkpoint, original: Checkpoint) -> list[int]:
             hint=HINT,
         )
     return found
+
+
+def block_count(checkpoint: Checkpoint) -> int:
+    """How many blocks a checkpoint's config.json says it has."""
+    count: int = checkpoint.config[family_of(checkpoint.config["model_type"]).count]
+    return count
 
 
 def _recorded(source: Checkpoint) -> Checkpoint:
@@ -178,8 +184,3 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()
     }
-
-
-def _block_count(checkpoint: Checkpoint) -> int:
-    count: int = checkpoint.config[family_of(checkpoint.config["model_type"]).count]
-    return count

@@ -57,8 +57,8 @@ def train(
                 to the bit.
     choose:     which of the parameters, by number, a step moves, from 0; all of them if None. Those
                 that the step before did not move begin without what the optimizer remembers.
-    processes:  that train together, all of which call this with the same arguments. The loss is the
-                same to rounding, however many they are.
+    processes:  that train together, all of which call this with the same arguments. However many
+                they are, the loss is the same to rounding; not with dropout, which each draws.
     title:      what progress is shown under.
 
     Raises NumericalError if the loss or a gradient is not finite. The best state is kept then; the

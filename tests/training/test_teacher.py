@@ -14,6 +14,8 @@ from compresso.errors import ResourceError
 from compresso.runtime import Runtime
 from compresso.training import disk_teacher, lessons, processes, teacher
 from compresso.training.lessons import Wanted
+from compresso.training.model import TrainingModel
+from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.teacher import Beside, DiskTeacher, ResidentTeacher, open_teacher
 
 SEQUENCES = tokens(5, 16, seed=9)
@@ -111,6 +113,18 @@ def test_memory_and_disk_keep_as_many_of_the_likely_tokens(checkpoints, tmp_path
         whole = asked(memory)["divergence"]
     with resident(source, Wanted(scores=True, top=1, temperature=temperature)) as memory:
         assert (asked(memory)["divergence"] < whole).all()
+
+
+@pytest.mark.parametrize("top", [None, 4])
+def test_a_model_learns_nothing_from_itself(checkpoints, tmp_path, top):
+    """States are kept in bfloat16, scores in float16: what is left is their rounding."""
+    source = checkpoints("llama")
+    wanted = Wanted(scores=True, top=top)
+    with disk(source, tmp_path, wanted) as stored:
+        model = TrainingModel(open_adapter(source, runtime()), source)
+        with model, torch.no_grad():
+            parts = MixedObjective(Shares(divergence=1.0), stored)(model, SEQUENCES[ROWS], ROWS)
+    assert 0 <= abs(float(parts["divergence"])) < 1e-5
 
 
 def test_what_was_asked_is_kept_for_a_later_run(checkpoints, tmp_path, monkeypatch):
