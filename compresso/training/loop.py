@@ -26,6 +26,7 @@ __all__ = ["History", "Objective", "Store", "TrainOptions", "train"]
 STATE = "training"
 SECONDS_BETWEEN_SAVES = 60.0
 SECONDS_OF_A_SAVE = 3.0  # that it may take then: a twentieth
+DISK_BYTES_PER_SECOND = 500e6  # of a slow disk, until a save was measured
 
 Choose = Callable[[int], Sequence[int]]
 
@@ -85,7 +86,7 @@ class _Training:
         self._stale = 0  # measurements since the best one
         self._whole = True  # what is kept would be of the end of a step
         self._begun = time.monotonic()
-        self._saved, self._pause = time.monotonic(), pause_after(0.0)
+        self._saved, self._took = time.monotonic(), 0.0  # when, and the seconds that it took
         self.choose: Choose | None = None
 
     def run(self, store: Store | None, title: str) -> History:
@@ -116,11 +117,15 @@ class _Training:
             if self._due(step + 1) and history.ended == "all steps":
                 self._evaluate(step + 1, title)
             last, stop = step + 1 == self._options.steps, history.ended != "all steps"
-            late = self._share.processes.agree(time.monotonic() - self._saved > self._pause)
+            late = self._share.processes.agree(self._late())
             if store is not None and (last or stop or late):
                 self._keep(store)
             if stop:
                 break
+
+    def _late(self) -> bool:
+        """Whether it is time for a save."""
+        return time.monotonic() - self._saved > pause_after(self._took)
 
     def _due(self, step: int) -> bool:
         """Whether held-out text is measured after so many steps."""
@@ -137,7 +142,8 @@ class _Training:
         Nothing is put together then: the other processes may be anywhere.
         """
         alone = not self._share.processes.sharded
-        quick = self._pause <= pause_after(0.0)
+        size = sum(tensor.nbytes for _, tensor in self._tensors())
+        quick = (self._took or size / DISK_BYTES_PER_SECOND) <= SECONDS_OF_A_SAVE
         if store is not None and alone and quick and self._whole and self._steps():
             with suppress(ResourceError):  # what was kept before stays
                 self._keep(store)
@@ -222,7 +228,7 @@ class _Training:
         tensors = gathered(self._tensors(), first=self._share.processes.first)
         store.keep(STATE, tensors, values)
         self._saved = time.monotonic()
-        self._pause = pause_after(self._saved - started)
+        self._took = self._saved - started
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for number, parameter in enumerate(self._share.parameters):

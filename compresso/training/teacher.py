@@ -177,5 +177,6 @@ def _check_memory(
         raise ResourceError(
             f"the original takes {format_bytes(needed)} of memory{tried}{further}, but"
             f" {format_bytes(free)} are free",
-            hint="use fewer samples and `--teacher disk`",
+            hint="use fewer samples and `--teacher disk`"
+            + (", or `--checkpointing on`" if beside.memory else ""),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from dataclasses import replace
 from math import log
 
 import numpy as np
@@ -33,7 +34,7 @@ from compresso.recipe import Recipe, make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
-from compresso.stages import heal_disk, heal_memory
+from compresso.stages import heal_disk, heal_memory, heal_text
 from compresso.stages.heal_choice import Trained, beside_removed, draw, trained
 from compresso.stages.heal_memory import Load, needed
 from compresso.stages.heal_text import followed
@@ -395,6 +396,23 @@ def test_an_original_that_is_gone_is_a_warning_where_it_is_not_needed(tmp_path):
     assert report.summary["ppl_original"] > 1
 
 
+@pytest.mark.parametrize("original", [None, "whole"])
+def test_the_original_is_trusted_as_the_model_is(tmp_path, monkeypatch, original):
+    """Where its tokenizer has to be compared, that may be code of its own."""
+    source, trusted = pruned(tmp_path, [2]), []
+    find = heal_text.original_of
+
+    def found(*values, trust_remote_code=False):
+        trusted.append(trust_remote_code)
+        return find(*values, trust_remote_code=trust_remote_code)
+
+    monkeypatch.setattr(heal_text, "original_of", found)
+    trusting = replace(RUNTIME, trust_remote_code=True)
+    named = original and str(tmp_path / original)
+    heal(source, tmp_path / "out", "norms", original=named, steps=1, runtime=trusting)
+    assert trusted == [True]
+
+
 @pytest.mark.parametrize(
     ("distill", "teacher"), [("logits", "disk"), ("tail", "disk"), ("hidden", "resident")]
 )
@@ -558,3 +576,18 @@ def test_a_run_that_is_stopped_keeps_all_of_its_steps(checkpoints, tmp_path, mon
     report, healed = heal(source, tmp_path / "out", "full")
     assert not changed(healed, whole)
     assert 4000 < report.summary["seconds"] < 10_000
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_a_slow_save(checkpoints, tmp_path, monkeypatch):
+    source, left, measure = checkpoints("llama"), [3], Share.measure
+
+    def stopped(self, *values, **options):
+        left[0] -= options["backward"]
+        if not left[0]:
+            raise KeyboardInterrupt
+        return measure(self, *values, **options)
+
+    monkeypatch.setattr(Share, "measure", stopped)
+    monkeypatch.setattr(loop, "DISK_BYTES_PER_SECOND", 16 * source.parameters / 3.1)
+    with pytest.raises(Interrupted, match="0 finished parts are saved"):
+        heal(source, tmp_path / "out", "full")
