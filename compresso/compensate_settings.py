@@ -157,7 +157,13 @@ class RilqSettings(MergeableSettings):
         Literal["cosine", "constant"], limit(description="What the rate does afterwards.")
     ] = "cosine"
     heldout_share: Annotated[
-        float, limit(gt=0, lt=1, description="Share of the sequences that is not learnt from.")
+        float,
+        limit(
+            gt=0,
+            lt=1,
+            description="Share of the sequences that is not learnt from; they come from the end of"
+            " the text, which the others leave alone.",
+        ),
     ] = 0.2
     evaluate_every: Annotated[
         int, limit(ge=1, description="Steps between measurements of those held out.")

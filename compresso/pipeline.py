@@ -17,7 +17,7 @@ from compresso.recipe import Recipe, Step, dump_recipe
 from compresso.report import Report
 from compresso.run import Outcome, find_finished, key_of, run_new, settle
 from compresso.runtime import Runtime, launched, log
-from compresso.step_data import load_data, original_named
+from compresso.step_data import load_data, read_by
 
 RESOLVED = "compresso-recipe.yaml"
 
@@ -75,11 +75,7 @@ def _load_all(
     loaded: dict[Any, Calibration | None] = {}
     data = []
     for step in recipe.steps:
-        evaluates = step.stage == "eval"
-        calibrated = registry.reads_text(step.stage, step.method, step.settings)
-        # What trains keeps some apart, to judge by, and says how much it needs.
-        trains = step.settings if registry.stage(step.stage).trains else None
-        read = step.settings if evaluates else (calibrated, trains, original_named(step))
+        read = read_by(step)
         if read not in loaded:
             loaded[read] = load_data(step, original, recipe.calibration, runtime, directory)
         data.append(loaded[read])

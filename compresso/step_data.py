@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compresso import registry
 from compresso.calibration.data import Calibration, load_calibration, load_heldout
@@ -14,6 +15,19 @@ from compresso.recipe import Step
 from compresso.runtime import Runtime, log
 from compresso.runtimes.tasks import tasks_key
 from compresso.settings import CalibrationSettings
+
+
+def read_by(step: Step) -> Any:
+    """What decides which batches a step reads, beside the model and the calibration settings.
+
+    Hashable, and the same for two steps only if they read the same.
+    """
+    if step.stage == "eval":
+        return step.settings
+    if not registry.reads_text(step.stage, step.method, step.settings):
+        return None
+    trains = step.settings if registry.stage(step.stage).trains else None  # says how much it needs
+    return trains, _heldout_share(step), original_named(step)
 
 
 def load_data(
@@ -49,6 +63,7 @@ def load_data(
             calibration,
             source,
             keep_back=registry.stage(step.stage).trains,
+            heldout_share=_heldout_share(step),
             trust_remote_code=trust,
             author=author,
             used=getattr(step.settings, "reads", None),
@@ -61,6 +76,12 @@ def load_data(
         f" `{used['dataset']}`, {used['split']}"
     )
     return data
+
+
+def _heldout_share(step: Step) -> float:
+    """The share of its sequences that a step judges itself by."""
+    share: float = getattr(step.settings, "heldout_share", 0.0)
+    return share
 
 
 def original_named(step: Step) -> str | None:

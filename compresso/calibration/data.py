@@ -48,20 +48,23 @@ def load_calibration(
     source: Checkpoint,
     *,
     keep_back: bool = False,
+    heldout_share: float = 0.0,
     trust_remote_code: bool = False,
     author: Author | None = None,
     used: Callable[[int], int] | None = None,
 ) -> Calibration:
     """Random crops of the dataset's training text, as GPTQ draws them; seeded.
 
-    keep_back: of a local text or of ids, which have no held-out part, take nothing from the last
-               tenth, which `load_heldout` gives then.
-    author:    who writes the text, if the dataset is `self`.
-    used:      how many sequences of a length will be used: read so many if the settings do not say
-               how many, or what there is. What is written for it costs too much for that.
+    keep_back:     of a local text or of ids, which have no held-out part, take nothing from the
+                   last tenth, which `load_heldout` gives then.
+    heldout_share: see `heldout_count`; so many of the sequences, the last, have no token of the
+                   text in common with the others.
+    author:        who writes the text, if the dataset is `self`.
+    used:          how many sequences of a length will be used: read so many if the settings do not
+                   say how many, or what there is. What is written for it costs too much for that.
 
-    Raises CheckpointError if the text is shorter than one sequence, ConfigError if the settings
-    cannot be right for this model.
+    Raises CheckpointError if the text is shorter than one sequence, or than two if some are held
+    out, ConfigError if the settings cannot be right for this model.
     """
     dataset, length = _resolve(settings.dataset, settings.length, source)
     written: dict[str, Any] = {}
@@ -94,7 +97,8 @@ def load_calibration(
         _check_long_enough(available, length, dataset)
         if used is not None:
             asked = min(used(length), max(asked, available // length))
-        sequences = _crops(stream, asked, length, settings.seed)
+        heldout = heldout_count(heldout_share, asked)
+        sequences = _crops(stream, (asked, length), heldout, seed=settings.seed, dataset=dataset)
     record = {
         "dataset": dataset,
         "split": "calibration",
@@ -103,6 +107,11 @@ def load_calibration(
         **written,
     }
     return _batched(sequences, settings.batch_size, record, available, source)
+
+
+def heldout_count(share: float, sequences: int) -> int:
+    """How many of the sequences, the last, are not learnt from; at least one if any share is."""
+    return max(1, round(share * sequences)) if share else 0
 
 
 def load_heldout(
@@ -186,11 +195,32 @@ def _token_stream(dataset: str, source: Checkpoint, *, held_out: bool, trust: bo
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _crops(stream: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """Runs of a text from anywhere, (count, length)."""
+def _crops(
+    stream: Tensor, shape: tuple[int, int], heldout: int, *, seed: int, dataset: str
+) -> Tensor:
+    """Random crops of a text; the last `heldout` evenly spaced ones of an end without the others.
+
+    shape: how many, and of how many tokens.
+
+    The share of the text that is this end is that of the sequences, or a sequence if that is more.
+    """
+    count, length = shape
+    end = 0
+    if heldout:
+        if len(stream) < 2 * length:
+            raise CheckpointError(
+                f"dataset `{dataset}` holds {len(stream)} tokens, fewer than two sequences of"
+                f" {length}: one to learn from and one to judge by",
+                hint="use a longer text, or a smaller `--seqlen`",
+            )
+        end = round(heldout / count * len(stream))
+        end = min(max(end, length), len(stream) - length)
+    start = len(stream) - end
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length + 1, (count,), generator=generator)
-    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+    learnt = (count - heldout,)
+    starts = torch.randint(0, start - length + 1, learnt, generator=generator).tolist()
+    starts += [start + number * (end - length) // max(heldout - 1, 1) for number in range(heldout)]
+    return torch.stack([stream[start : start + length] for start in starts])
 
 
 def _apart(tokens: Tensor, dataset: str) -> tuple[Tensor, Tensor]:

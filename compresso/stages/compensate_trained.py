@@ -9,7 +9,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from compresso.calibration.data import Calibration
+from compresso.calibration.data import Calibration, heldout_count
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.proof import Fingerprint
@@ -255,12 +255,12 @@ class _Work:
 
 
 def _split(calibration: Calibration, settings: RilqSettings) -> _Text:
-    """The first sequences to learn from, and the last to judge by.
+    """The first sequences to learn from, and the last to judge by, as `load_calibration` has them.
 
     Raises CheckpointError if they are too few.
     """
     sequences = torch.cat(calibration.batches)
-    heldout = max(1, round(settings.heldout_share * len(sequences)))
+    heldout = heldout_count(settings.heldout_share, len(sequences))
     left = len(sequences) - heldout
     if left < settings.sequences:
         raise CheckpointError(

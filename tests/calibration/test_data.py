@@ -12,7 +12,10 @@ from compresso.calibration.text import documents
 from compresso.checkpoint.reader import open_checkpoint
 from compresso.config import build
 from compresso.errors import CheckpointError, ConfigError
-from compresso.settings import CalibrationSettings
+from compresso.recipe import make_step
+from compresso.runtime import make_runtime
+from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.step_data import load_data, read_by
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,60 @@ def test_length_follows_the_model():
     assert model_length({"max_position_embeddings": 1024}) == 1024
     assert model_length({"n_positions": 131072}) == 2048
     assert model_length({}) == 2048
+
+
+def repair_data(method, reference, directory, **values):
+    """The sequences that `compensate` reads: to learn from, and to judge by."""
+    step = make_step("compensate", {"method": method}, where="test")
+    runtime = make_runtime(RuntimeSettings(device="cpu"))
+    found = torch.cat(load_data(step, reference, settings(**values), runtime, directory).batches)
+    heldout = round(step.settings.heldout_share * len(found))
+    return found[:-heldout], found[-heldout:]
+
+
+@pytest.mark.parametrize("method", ["rilq", "lrec"])
+def test_held_out_crops_are_of_text_that_no_other_crop_touches(reference, tmp_path, method):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(str(number * 7919 % 100003) for number in range(6000)))
+    given = {"dataset": str(path), "length": 256, "samples": 128}
+    learnt, judged = repair_data(method, reference, tmp_path, **given)
+    assert learnt.shape == (102, 256) and judged.shape == (26, 256)
+    runs = {tuple(run) for run in learnt.unfold(1, 16, 1).reshape(-1, 16).tolist()}
+    assert len(runs) > 10_000
+    assert not runs & {tuple(run) for run in judged.unfold(1, 16, 1).reshape(-1, 16).tolist()}
+    whole = load_heldout(settings(**given), reference, whole=True).record["tokens_available"]
+    assert whole > 20_000 and len({tuple(crop) for crop in judged.tolist()}) == 26
+
+
+def test_sequences_of_ids_are_held_out_in_order(reference, tmp_path):
+    ids = np.arange(320, dtype=np.uint16).reshape(10, 32)
+    np.save(tmp_path / "ids.npy", ids)
+    given = {"dataset": str(tmp_path / "ids.npy"), "samples": 10}
+    learnt, judged = repair_data("rilq", reference, tmp_path, **given)
+    assert np.array_equal(learnt, ids[:8]) and np.array_equal(judged, ids[8:])
+
+
+def test_a_text_too_short_to_hold_anything_out(reference, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("def add(a, b):\n    return a + b\n" * 4)
+    given = {"dataset": str(path), "samples": 5}
+    tokens = len(load_calibration(settings(**given), reference).batches[0][0])
+    assert tokens == 32
+    with pytest.raises(CheckpointError, match="fewer than two sequences of 32: one to learn from"):
+        repair_data("rilq", reference, tmp_path, **given)
+
+
+def test_steps_share_text_only_if_they_hold_out_the_same():
+    rilq = {"method": "rilq"}
+    kinds = [
+        make_step(stage, values, where="test")
+        for stage, values in (
+            ("quantize", {"method": "gptq"}),
+            ("quantize", {"method": "rtn"}),
+            ("compensate", rilq),
+            ("compensate", rilq | {"heldout_share": 0.5}),
+            ("heal", {"method": "lora"}),
+        )
+    ]
+    assert len({read_by(step) for step in kinds}) == len(kinds)
+    assert read_by(kinds[0]) == read_by(make_step("prune", {"method": "shortgpt", "blocks": 1}, where="test"))
