@@ -23,17 +23,24 @@ START = "start"
 def begins_with_eora(source: Checkpoint, settings: RilqSettings) -> bool:
     """Whether training begins with what `eora` finds; if nobody says, wherever it can."""
     if settings.start == "auto":
-        return not (settings.pooled or structure_of(source.config).shared)
+        return not (settings.pooled or _refusal(source))
     return settings.start == "eora"
 
 
 def check_start(source: Checkpoint) -> None:
-    """Raises ConfigError if blocks share linears, of which each would have a correction."""
-    if structure_of(source.config).shared:
-        raise ConfigError(
-            f"blocks of `{source.path}` share linears, and lack different things",
-            hint="leave out `--start eora`",
-        )
+    """Raises ConfigError if linears lack different things in different blocks, or other ones lie
+    within these, which would be made up for again.
+    """
+    if reason := _refusal(source):
+        raise ConfigError(f"blocks of `{source.path}` {reason}", hint="leave out `--start eora`")
+
+
+def _refusal(source: Checkpoint) -> str:
+    """Why training cannot begin with what `eora` finds; empty if it can."""
+    structure = structure_of(source.config)
+    if structure.shared:
+        return "share linears, and lack different things"
+    return "have corrections of their own, on which training goes on" if structure.rank else ""
 
 
 @torch.no_grad()

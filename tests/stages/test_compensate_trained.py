@@ -165,6 +165,20 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     assert eora.report.rows[0]["rank"] == 4
 
 
+def test_corrections_within_blocks_are_not_made_up_for_again(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "original")
+    source = save(model, STRUCTURES["corrected"], tmp_path / "source")
+    still = {"steps": 1, "rate": 1e-6, "rank": 64, "original": str(tmp_path / "original")}
+    first, as_it_is = (
+        trained(source, tmp_path / start, start=start, **still).report.rows[0]
+        for start in ("auto", "gaussian")
+    )
+    assert first["heldout_divergence"] <= 1.001 * as_it_is["heldout_divergence"]
+    with pytest.raises(ConfigError, match="have corrections of their own"):
+        trained(source, tmp_path / "out", start="eora", **still)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_pooled_corrections_end_up_in_the_zeros(quantized, family, tmp_path):
     """Codes and scales stay, no adapter is left, and training gained what is written."""
