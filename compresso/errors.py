@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CompressoError(Exception):
     """Base of every error compresso raises on purpose.
@@ -33,6 +36,15 @@ class NumericalError(CompressoError):
     """Data that the maths cannot handle, such as a gram that is not positive definite."""
 
     exit_code = 4
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Let a numerical error begin with where it happened, such as a linear in backticks."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{where}: {error}", hint=error.hint) from error
 
 
 class ResourceError(CompressoError):

@@ -44,7 +44,7 @@ def moved(
         raise NumericalError(
             f"gram of {len(gram)} columns is not positive definite with {damping:g} of its mean"
             " added",
-            hint="calibrate with more tokens, or leave out `match`",
+            hint="calibrate with more tokens, or pass `--match 0`",
         )
     found = torch.empty_like(weight)
     for here in row_slices(weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from compresso.calibration.opening import open_adapter
@@ -44,8 +45,8 @@ def make_plan(
 
     An adapter that the source has is replaced.
 
-    Raises ConfigError if there is nothing to correct, or corrections cannot be stored as the
-    settings ask.
+    Raises ConfigError if there is nothing to correct, corrections cannot be stored as the settings
+    ask, or no correction has so few bytes.
     """
     source = without_adapter(source)
     structure = structure_of(source.config)
@@ -69,7 +70,9 @@ def make_plan(
         form = Beside(pair.adapter, source)
     shapes = _shapes(pair, blocks)
     ranks = None
-    if settings.size is None:
+    if settings.size is not None:
+        check_budget(budget, (sum(shape) * source.dtype.itemsize for shape in shapes.values()))
+    else:
         # Where no weight was changed, corrections only make up for blocks that are gone, and merged
         # they are the better the higher their rank; elsewhere that would give back the original.
         highest = max(max(shape) for shape in shapes.values())
@@ -131,6 +134,24 @@ def added_bytes(size: str, source: Checkpoint) -> int:
     if amount.endswith("%"):
         return int(float(amount.removesuffix("%")) / 100 * source.stored_bytes)
     return parse_bytes(amount)
+
+
+def check_budget(budget: int, costs: Iterable[int]) -> None:
+    """Raises ConfigError if no linear can be corrected.
+
+    budget: bytes. costs: of rank 1 for every linear that lacks something, in bytes.
+    """
+    least = min(costs, default=None)
+    if least is None:
+        raise ConfigError(
+            "no linear lacks anything of its output, so there is nowhere to put bytes",
+            hint="leave out `--size`",
+        )
+    if budget < least:
+        raise ConfigError(
+            f"`size`: {format_bytes(budget)} is too little to correct any linear",
+            hint=f"rank 1 of the smallest takes {format_bytes(least)}",
+        )
 
 
 def _check_form(source: Checkpoint, settings: EoraSettings, *, within: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compresso.calibration.following import Following
 from compresso.calibration.walk import LiveBlock
-from compresso.errors import NumericalError
+from compresso.errors import placed
 from compresso.kernels.gptq import relative_error
 from compresso.kernels.lowrank import truncate
 from compresso.kernels.matching import moved
@@ -92,10 +92,8 @@ class Work:
         for sought in self.seek(block, following):
             if not (rank := ranks.get(sought.name, 0)):
                 continue
-            try:
+            with placed(f"`{sought.name}`"):
                 found = truncate(sought.change, rank, sought.gram)
-            except NumericalError as error:
-                raise NumericalError(f"`{sought.name}`: {error}", hint=error.hint) from error
             settled = form.settle(sought.name, sought.weight, found)
             form.put(block.module, sought.path, sought.weight, settled)
             done.tensors.update(settled.tensors)
@@ -120,7 +118,8 @@ class Work:
         for path, part in zip(paths, missing.split(list(map(len, weights.values()))), strict=True):
             adapter.set_weight(owner, path, weights[path])
             change = changes[path]
-            changes[path] = moved(change, part, gram, amount=self.match, damping=MATCH_DAMPING)
+            with placed(f"`{self.pair.name(block.index, path)}`"):
+                changes[path] = moved(change, part, gram, amount=self.match, damping=MATCH_DAMPING)
         return gram
 
     def _correct_biases(self, block: LiveBlock, tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from compresso.calibration.walk import LiveBlock
 from compresso.checkpoint.packings import decoded
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
-from compresso.errors import NumericalError
+from compresso.errors import placed
 from compresso.kernels.decomposition import Decomposed, Fisher
 from compresso.kernels.gptq import relative_error
 from compresso.kernels.matching import moved
@@ -222,10 +222,8 @@ class Work:
         self, weight: Tensor, missing: Tensor, gram: Tensor, sizes: list[int], name: str
     ) -> tuple[Tensor, list[float]]:
         """Stacked weights that make up for earlier errors, and how far each linear's moved."""
-        try:
+        with placed(f"`{name}`"):
             found = moved(weight, missing, gram, amount=self.match, damping=MATCH_DAMPING)
-        except NumericalError as error:
-            raise NumericalError(f"`{name}`: {error}", hint=error.hint) from error
         pairs = zip(weight.split(sizes), found.split(sizes), strict=True)
         return found, [relative_error(*pair) for pair in pairs]
 

@@ -98,5 +98,6 @@ def test_arguments_stay_as_they_are():
 
 def test_a_gram_that_is_not_positive_definite_is_refused():
     gram = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    with pytest.raises(NumericalError, match="gram of 2 columns is not positive def"):
+    with pytest.raises(NumericalError, match="gram of 2 columns is not positive def") as bad:
         moved(torch.ones(1, 2), torch.ones(1, 2), gram, amount=1, damping=0.1)
+    assert "`--match 0`" in bad.value.hint

@@ -285,14 +285,24 @@ def test_a_size_for_blocks_that_share(home, model, tmp_path):
     assert (rank + 1) * per_rank > 0.05 * base.stored_bytes
 
 
-def test_a_gram_that_cannot_be_used_is_named(home, model, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise NumericalError("gram of 64 columns is not positive definite")
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("compensate_work.truncate", {}),
+        ("compensate_work.moved", {"match": 0.5}),
+        ("rank_choice.energies", {"size": "+10%"}),
+    ],
+)
+def test_a_gram_that_cannot_be_used_is_named(home, model, tmp_path, monkeypatch, where, values):
+    def refuse(*_, **__):
+        raise NumericalError("gram of 64 columns is not positive definite", hint="do it")
 
     source = quantized(home, model, tmp_path / "base", bits=2)
-    monkeypatch.setattr("compresso.stages.compensate_work.truncate", refuse)
-    with pytest.raises(NumericalError, match=r"`model\.layers\.0\.self_attn\.q_proj`: gram of"):
-        run(home, source, tmp_path / "out", "compensate", "eora")
+    monkeypatch.setattr(f"compresso.stages.{where}", refuse)
+    expected = r"^`model\.layers\.0\.self_attn\.q_proj`: gram of"
+    with pytest.raises(NumericalError, match=expected) as refused:
+        run(home, source, tmp_path / "out", "compensate", "eora", **values)
+    assert refused.value.hint == "do it"
 
 
 @pytest.mark.parametrize(
@@ -303,6 +313,10 @@ def test_a_gram_that_cannot_be_used_is_named(home, model, tmp_path, monkeypatch)
         ("dense", {"size": "+5%"}, "so `size` says nothing"),
         ("dense", {"merge": True, "size": "+5%"}, "so `size` says nothing"),
         ("folded", {"size": "+100B"}, r"`size`: \+100B is too little"),
+        ("packed", {"size": "+1B"}, r"`size`: 1 B is too little to correct any linear"),
+        ("packed", {"size": "+0%"}, r"`size`: 0 B is too little to correct any linear"),
+        ("dense", {"merge": False, "size": "+1B"}, r"`size`: 1 B is too little to correct any"),
+        ("dense", {"merge": False, "size": "+0%"}, r"`size`: 0 B is too little to correct any"),
         ("packed", {"size": "5%"}, "`size` is what to add"),
         ("packed", {"size": "+5%", "rank": 4}, "give only one of `rank`, `size`"),
         ("packed", {"match": 0.5, "weighted": False}, "`match` needs `weighted`"),
