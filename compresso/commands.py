@@ -156,16 +156,18 @@ def make_request(
     where = f"compresso {stage}"
     given = sort_options(stage, options)
     step = make_step(stage, given.step, where=where)
-    if given.calibration and not registry.reads_text(stage, step.method, step.settings):
-        name = flag(next(iter(given.calibration)))
-        kind = registry.stage(stage).named
+    reads = registry.reads_text(stage, step.method, step.settings)
+    unread = [name for name in given.calibration if name not in given.step]
+    if unread and not reads:
+        name, kind = flag(unread[0]), registry.stage(stage).named
+        way = " with these options" if registry.method(stage, step.method).calibrated else ""
         raise ConfigError(
-            f"{where}: {kind} `{step.method}` reads no text, so `{name}` would do nothing",
+            f"{where}: {kind} `{step.method}`{way} reads no text, so `{name}` would do nothing",
             hint=f"leave out `{name}`",
         )
     return Request(
         step=step,
-        calibration=build(CalibrationSettings, given.calibration, where=where),
+        calibration=build(CalibrationSettings, given.calibration if reads else {}, where=where),
         runtime=build(RuntimeSettings, given.runtime, where=where),
         model=model or choose_model(),
         output=output,

@@ -105,6 +105,11 @@ class EoraSettings(MergeableSettings):
             return DEFAULT_MATCH if self.weighted else 0.0
         return self.match
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.weighted
+
 
 @settings
 class LqLoraSettings(CompensateSettings):
@@ -113,6 +118,11 @@ class LqLoraSettings(CompensateSettings):
     rank: Rank = DEFAULT_RANK
     turns: Turns = 20
     fisher: ByFisher = True
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.fisher
 
 
 @settings

@@ -117,13 +117,12 @@ def sort_options(stage: str, values: dict[str, Any]) -> Given:
     method = registry.stage(stage).methods.get(given.get("method", ""))
     # The seed of a method is that of its text, too.
     own = calibrated.intersection(fields(method.settings)) if method else set()
-    unread = own if method and not method.calibrated else set()
     # `assert` is no name for a parameter in Python.
     limits = {"assert": split_limits(given.pop("limits"))} if "limits" in given else {}
     step = {k: _parse(k, v) for k, v in given.items() if k not in (calibrated - own) | runtime}
     return Given(
         step=step | limits,
-        calibration={k: v for k, v in given.items() if k in calibrated - unread},
+        calibration={k: v for k, v in given.items() if k in calibrated},
         runtime={k: v for k, v in given.items() if k in runtime},
     )
 

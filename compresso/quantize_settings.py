@@ -260,6 +260,11 @@ class DecompositionSettings(UniformSettings, Amount):
     turns: Turns = 20
     fisher: ByFisher = True
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.fisher
+
 
 @settings
 class Nf4Settings(LinearChoice):

@@ -48,6 +48,7 @@ CORRECTIONS = {
     "rilq": "rilq",
     "lrec": "lrec",
 }
+DATA_FREE = {"--no-weighted", "--no-fisher"}
 RANKS = (16, 64)
 RANKS_OF = {"rilq": (4, 16, 64), "lrec": (16,)}
 HEALERS = ("lora", "last-k", "lisa", "full")
@@ -117,7 +118,7 @@ def make(name: str, start: str, given: list[str], options: argparse.Namespace) -
     """Make a checkpoint, unless it is there; what it took."""
     target = place(options.out, name)
     command = [given[0], start, "-o", str(target), *given[1:]]
-    if registry.method(given[0], given[2]).calibrated:
+    if registry.method(given[0], given[2]).calibrated and not DATA_FREE & {*given}:
         text = options.dataset
         if given[0] == "heal" and options.train:
             text = options.train

@@ -189,6 +189,8 @@ def test_the_method_follows_from_the_options(command):
         ("quantize m --method gptqq", 2, "did you mean `gptq`?"),
         ("quantize m --method rtn --damping 0.1", 2, "methods that have it: gptq"),
         ("quantize m --method rtn --nsamples 3", 2, "so `--nsamples` would do nothing"),
+        ("quantize m --method lq-lora --no-fisher --seqlen 8", 2, "these options reads no text"),
+        ("compensate m --no-weighted --dataset stdlib", 2, "so `--dataset` would do nothing"),
         ("prune m", 2, "give one of `ratio`, `blocks`"),
         ("prune m --ratio 2", 2, "`ratio`: input should be less than 1"),
         ("prune m --drop 3,x", 2, "`x` is not a block, `a` or `m` and a block"),

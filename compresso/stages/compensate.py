@@ -55,7 +55,7 @@ def compensate(
 def eora(
     source: Checkpoint,
     step: Step,
-    calibration: Calibration,
+    calibration: Calibration | None,
     target: CheckpointWriter,
     runtime: Runtime,
 ) -> Report:
@@ -90,14 +90,14 @@ class _Run:
         self,
         plan: Plan,
         settings: Any,
-        calibration: Calibration,
+        calibration: Calibration | None,
         target: CheckpointWriter,
         runtime: Runtime,
     ) -> None:
         self.plan = plan
         self.pair = plan.pair
         self.work = Work(plan.pair, weighted=settings.weighted, match=settings.matched)
-        self.batches = calibration.batches if settings.weighted else []
+        self.batches = [] if calibration is None else calibration.batches
         self.target = target
         self.runtime = runtime
         self.probe = probe_of(self.pair.adapter.config)

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from walking import difference
 
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError, NumericalError
+from compresso.errors import CheckpointError, ConfigError, NumericalError
 from compresso.families import family_of
 from compresso.kernels.gptq import relative_error
 from compresso.models.structure import structure_of
+from compresso.provenance import read_record
 
 BASES = {
     "rtn": {"bits": 2},
@@ -272,6 +273,19 @@ def test_bytes_go_where_they_help(home, model, tmp_path):
     assert left[1] < left[0]
     share = run(home, source, tmp_path / "share", "compensate", "eora", size="+10%")
     assert 0.09 < (share.stored_bytes - base.stored_bytes) / base.stored_bytes <= 0.1
+
+
+def test_without_weights_no_text_is_read(home, model, tmp_path):
+    """The text that would be read is not there."""
+    source = quantized(home, model, tmp_path / "base", bits=2)
+    for method, values in (("eora", {"weighted": False}), ("lq-lora", {"fisher": False})):
+        out = tmp_path / method
+        found = run(tmp_path, source, out, "compensate", method, rank=3, **values)
+        assert found.adapter is not None and read_record(out)["calibration"] is None
+    packed = run(tmp_path, model, tmp_path / "packed", "quantize", "lq-lora", fisher=False, rank=3)
+    assert packed.packed and packed.adapter is not None
+    with pytest.raises(CheckpointError, match="cannot be read as an array"):
+        run(tmp_path, source, tmp_path / "out", "compensate", "eora", rank=3)
 
 
 def test_a_size_for_blocks_that_share(home, model, tmp_path):
