@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -17,10 +18,11 @@ from compresso.calibration.originals import Originals
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.merged import merged
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
+from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.kernels.decomposition import Fisher
 from compresso.models.adapter import ModelAdapter
 from compresso.models.rotation import RotatedCheckpoint, rotated
@@ -31,6 +33,7 @@ from compresso.stages.bit_choice import BitChoice, choose_bits
 from compresso.stages.bit_job import BitJob
 from compresso.stages.compensate_forms import factors_of
 from compresso.stages.error_choice import choose_by_error
+from compresso.stages.kept_fisher import fisher_of_run
 from compresso.stages.ladder import make_ladder
 from compresso.stages.quantize_layouts import make_layout
 from compresso.stages.quantize_plan import Plan, make_plan
@@ -67,9 +70,15 @@ def quantize(
     plan = make_plan(adapter, settings, packed_as=packed_as)
     fisher = None
     if getattr(settings, "fisher", False) and calibration is not None:
-        fisher = measure_fisher(
-            adapter, source, calibration.batches, runtime=runtime, spill_dir=target.partial
+        measure = partial(
+            measure_fisher,
+            adapter,
+            source,
+            calibration.batches,
+            runtime=runtime,
+            spill_dir=target.partial,
         )
+        fisher = fisher_of_run(KeptState(target.partial / WORK), adapter.device, measure)
     choice = None
     if getattr(settings, "hits_target", False):
         ladder = make_ladder(step.method, settings, source.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,11 @@ from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import enter_blocks
 from compresso.calibration.walk import LiveBlock, walk_blocks
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.packings import decoded
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
-from compresso.errors import ConfigError, NumericalError
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.errors import ConfigError, placed
 from compresso.kernels.decomposition import Fisher, decompose
 from compresso.kernels.gptq import relative_error
 from compresso.models.corrected import without_adapter
@@ -26,6 +28,7 @@ from compresso.runtime import Runtime, track
 from compresso.stages.compensate_forms import factor_tensors, with_factors
 from compresso.stages.compensate_result import commit_outside, finished
 from compresso.stages.compensate_work import Done
+from compresso.stages.kept_fisher import fisher_of_run
 from compresso.stages.original import original_of
 from compresso.stages.pair import Pair
 from compresso.stages.recoding import recoder_of
@@ -44,7 +47,8 @@ def requantize(
     """Codes of the source's form and an adapter, found in turns from the original's weights.
 
     What found the stored codes has no part in this: those of GPTQ are replaced by rounded ones.
-    A block is committed as soon as it is done; a restarted run goes on after the committed ones.
+    A block is committed as soon as it is done; a restarted run goes on after the committed ones,
+    with the gradients that the first one measured.
 
     Reports a row per linear: rank, turns, bytes of the correction, the squared error of the weight
     that the stored codes have and the new ones with it, and weighted by the Fisher matrix likewise.
@@ -64,9 +68,16 @@ def requantize(
         recoder_of(source, path)  # refuses
     fisher: dict[str, Fisher] = {}
     if getattr(step.settings, "fisher", False) and calibration is not None:
-        fisher = measure_fisher(
-            pair.theirs, original, calibration.batches, runtime=runtime, spill_dir=target.partial
+        measure = partial(
+            measure_fisher,
+            pair.theirs,
+            original,
+            calibration.batches,
+            runtime=runtime,
+            spill_dir=target.partial,
         )
+        store = KeptState(target.partial / WORK)
+        fisher = fisher_of_run(store, pair.adapter.device, measure)
     work = _Work(pair, step, fisher)
     probe = probe_of(pair.adapter.config)
     states = enter_blocks(pair.adapter, source, [], probe=probe, budget=0, spill_dir=None)
@@ -121,7 +132,7 @@ class _Work:
                 continue
             weight, recoder = pair.whole(block.index, path), recoder_of(pair.source, name)
             fisher = self._fisher.get(f"{pair.theirs.block_prefix(pair.blocks[block.index])}{path}")
-            try:
+            with placed(f"`{name}`"):
                 found = decompose(
                     weight,
                     recoder.quantize,
@@ -131,8 +142,6 @@ class _Work:
                     dtype=pair.source.dtype,
                     fisher=fisher,
                 )
-            except NumericalError as error:
-                raise NumericalError(f"`{name}`: {error}", hint=error.hint) from error
             beside = factor_tensors({name: found.factors}, pair.source.dtype)
             done.tensors.update(recoder.pack(found.codes))
             done.beside.update(beside)

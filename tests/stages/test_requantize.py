@@ -166,6 +166,31 @@ def test_a_stopped_run_ends_in_the_same_bytes(home, model, tmp_path, name, monke
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("stage", ["compensate", "quantize"])
+def test_gradients_are_measured_once_over_stops(home, model, tmp_path, stage, monkeypatch):
+    source, module = model, "quantize"
+    if stage == "compensate":
+        source, module = quantized(home, model, tmp_path / "base", bits=2), "requantize"
+    measured = []
+
+    def recorded(*given, **options):
+        measured.append(given)
+        return measure_fisher(*given, **options)
+
+    monkeypatch.setattr(f"compresso.stages.{module}.measure_fisher", recorded)
+
+    def again(name="out"):
+        return run(home, source, tmp_path / name, stage, "lq-lora", rank=4)
+
+    whole = again("whole")
+    stopped_after(0, monkeypatch, again)
+    resumed = again()
+    assert len(measured) == 2  # for `whole`, and for both tries of the other
+    assert not (resumed.path / "work").exists()
+    for part in [*whole.path.glob("*.safetensors"), *whole.path.glob("adapter/*.safetensors")]:
+        assert part.read_bytes() == (resumed.path / part.relative_to(whole.path)).read_bytes()
+
+
 def test_a_weight_that_cannot_be_decomposed_is_named(home, model, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise NumericalError("a matrix to decompose is not finite")
