@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from compresso.checkpoint.changed import ChangedCheckpoint
-from compresso.checkpoint.packings import decoded
+from compresso.checkpoint.coded import coding_of
+from compresso.checkpoint.packings import decoded, method_of
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError
@@ -35,11 +36,27 @@ class Pooled:
     """A checkpoint with corrections in its zeros.
 
     config: its config.json. names: of its tensors. tensors: its dense weights that changed.
+    nbytes: that are stored.
     """
 
     config: dict[str, Any]
     names: list[str]
     tensors: dict[str, Tensor]
+    nbytes: int
+
+    def sizes(self, source: Checkpoint) -> dict[str, int]:
+        """Stored bytes of the source, and how many more these are: zeros it did without."""
+        before = source.stored_bytes
+        return {"bytes_before": before, "bytes_added": self.nbytes - before}
+
+    def warnings(self, source: Checkpoint) -> list[str]:
+        """What those who load it must know that was otherwise for the source."""
+        if coding_of(source.config) is not None:
+            return []
+        return [
+            "codes with corrected zeros are stored in compresso's own layout, in place of"
+            f" `{method_of(source.config)}`: pass `trust_remote_code=True` to load them"
+        ]
 
     def changed(self, source: Checkpoint) -> ChangedCheckpoint:
         """The source with what changed, as a reader of the output finds it."""
@@ -81,6 +98,7 @@ def write_pooled(
     everything: list[dict[str, Any]] = []
     names: list[str] = []
     tensors: dict[str, Tensor] = {}
+    nbytes = 0
     corrected = {f"{path}.weight" for path in factors}
     parts = parts_of(source.weight_names(), adapter.blocks_prefix, adapter.count)
     for part, own in enumerate(parts):
@@ -94,5 +112,6 @@ def write_pooled(
         dense = decoded(stored, config, source.dtype)
         tensors |= {name: dense[name] for name in own if name in corrected}
         names += stored
+        nbytes += sum(tensor.nbytes for tensor in stored.values())
         everything.append(described)
-    return Pooled(merged_config(source.config, everything), names, tensors)
+    return Pooled(merged_config(source.config, everything), names, tensors, nbytes)

@@ -35,6 +35,22 @@ def recovered(original: float, before: float, after: float) -> dict[str, float]:
     return found
 
 
+def no_gain(history: History, before: float, after: float) -> list[str]:
+    """What to warn of where training gained nothing.
+
+    before: perplexity of the source on the held-out sequences. after: of what is written.
+    """
+    found = []
+    if not history.best_step:
+        found.append("training never lowered the held-out loss: corrections are as they began")
+    if after > before:
+        found.append(
+            f"on held-out text the result is worse than its source: perplexity {after:.4g},"
+            f" and {before:.4g} before"
+        )
+    return found
+
+
 def sizes(source: Checkpoint, output: Output) -> dict[str, int]:
     """Stored bytes of the source, and of its adapter."""
     size = source.dtype.itemsize

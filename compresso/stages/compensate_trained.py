@@ -21,10 +21,11 @@ from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
+from compresso.stages.compensate_forms import Factors
 from compresso.stages.compensate_plan import check_no_adapter
 from compresso.stages.compensate_pooled import groups_of, write_pooled
 from compresso.stages.compensate_start import begins_with_eora, check_start, eora_start
-from compresso.stages.compensate_summary import recovered, sizes, told
+from compresso.stages.compensate_summary import no_gain, recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_measure import measure
 from compresso.stages.heal_memory import Load, decide_checkpointing
@@ -32,7 +33,7 @@ from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.original import original_of
 from compresso.stages.plots import wants_plot
 from compresso.stages.training_plot import write_training
-from compresso.stages.whole_model import own_linears, training_dtype
+from compresso.stages.whole_model import check_next_token, own_linears, training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.objectives import MixedObjective, Shares
@@ -63,7 +64,8 @@ def rilq(
     back. Training ended by these sequences, so other text may gain a little less.
 
     Peak memory: the whole model, the corrections five times in float32, and what the sequences run
-    at once leave behind in all blocks; the original one block at a time, unless it is resident.
+    at once leave behind in all blocks; the original one block at a time, unless it is resident. At
+    the end, where corrections are merged, the linears once more in the type they are stored in.
 
     Source: Lee et al., arXiv:2412.01129 (RILQ), who take the error of the next token in place of
     the divergence: of little text that is learnt by heart, and the states go astray. Chai et al.,
@@ -111,6 +113,7 @@ class _Work:
         first, _ = self._measure(original, "original")
         before, _ = self._measure(source, "source")  # training may have begun with corrections
         report.summary |= recovered(first, before, perplexity)
+        report.warnings += no_gain(history, before, perplexity)
         self._show(history, report, original=first)
         return report
 
@@ -123,6 +126,8 @@ class _Work:
             assert output.factors is not None
             pooled = write_pooled(adapter, source, output.factors, self.target)
             report.config, report.expected = pooled.config, pooled.names
+            report.summary |= pooled.sizes(source)
+            report.warnings += pooled.warnings(source)
             return pooled.changed(source)
         write_output(adapter, source, output, self.target)
         report.adapter = output.factors
@@ -147,10 +152,13 @@ class _Work:
             runtime=self.runtime,
         )
         options = self._options(adapter, paths)
+        start = self._start(original)  # two models are open block by block: before one is whole
         with teacher, TrainingModel(adapter, source) as model:
+            parameters = self._corrections(model, kinds, start)
+            del start
             history = train(
                 model,
-                self._corrections(model, kinds, original),
+                parameters,
                 MixedObjective(shares, teacher),
                 text.data,
                 text.heldout,
@@ -177,25 +185,26 @@ class _Work:
             hidden=settings.hidden,
         )
 
+    def _start(self, original: Checkpoint) -> Factors | None:
+        """What corrections begin as; None for nothing."""
+        if not begins_with_eora(self.source, self.step.settings):
+            return None
+        return eora_start(
+            self.source,
+            original,
+            list(self.text.data.split(self.text.micro)),
+            self.step.settings.rank,
+            self.runtime,
+            store=self._store,
+        )
+
     def _corrections(
-        self, model: TrainingModel, kinds: list[_Kind], original: Checkpoint
+        self, model: TrainingModel, kinds: list[_Kind], start: Factors | None
     ) -> list[nn.Parameter]:
-        settings = self.step.settings
-        start = None
-        if begins_with_eora(self.source, settings):
-            start = eora_start(
-                self.source,
-                original,
-                list(self.text.data.split(self.text.micro)),
-                settings.rank,
-                self.runtime,
-                store=self._store,
-            )
+        seed: int = self.step.settings.seed
         parameters: list[nn.Parameter] = []
         for paths, rank, pooled in kinds:
-            parameters += model.add_low_rank(
-                paths, rank, seed=settings.seed, start=start, pooled=pooled
-            )
+            parameters += model.add_low_rank(paths, rank, seed=seed, start=start, pooled=pooled)
         return parameters
 
     def _kinds(self, paths: list[str]) -> Iterator[_Kind]:
@@ -257,8 +266,9 @@ class _Work:
 def _split(calibration: Calibration, settings: RilqSettings) -> _Text:
     """The first sequences to learn from, and the last to judge by, as `load_calibration` has them.
 
-    Raises CheckpointError if they are too few.
+    Raises CheckpointError if they are too few, or have no next token.
     """
+    check_next_token(calibration)
     sequences = torch.cat(calibration.batches)
     heldout = heldout_count(settings.heldout_share, len(sequences))
     left = len(sequences) - heldout

@@ -20,6 +20,7 @@ from compresso.recipe import Step
 from compresso.runtime import Runtime
 from compresso.settings import CalibrationSettings
 from compresso.stages.original import block_count, block_map, original_of
+from compresso.stages.whole_model import check_next_token
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.processes import join
 from compresso.training.teacher import Beside, Wanted, open_teacher
@@ -65,8 +66,7 @@ def load_text(calibration: Calibration, step: Step, source: Checkpoint, author: 
             f" {settings.sequences} of one step",
             hint="pass a larger `--nsamples`, or a smaller `--sequences`",
         )
-    if length < 2:
-        raise CheckpointError(f"`{dataset}`: sequences of {length} token have no next one")
+    check_next_token(calibration)
     drawn = {
         name: calibration.record[name]
         for name in ("seed", "sampling_temperature", "top_p")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from compresso.calibration.data import Calibration
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import ConfigError
+from compresso.errors import CheckpointError, ConfigError
 from compresso.models.adapter import ModelAdapter
 from compresso.runtime import Runtime
 
@@ -23,6 +24,16 @@ def training_dtype(source: Checkpoint, runtime: Runtime) -> torch.dtype:
             "gradients do not fit float16", hint="pass `--dtype bfloat16` or `--dtype float32`"
         )
     return torch.bfloat16
+
+
+def check_next_token(calibration: Calibration) -> None:
+    """Raises CheckpointError if the sequences are so short that nothing follows in them."""
+    length = calibration.record["length"]
+    if length < 2:
+        raise CheckpointError(
+            f"`{calibration.record['dataset']}`: sequences of {length} token have no next one",
+            hint="pass a larger `--seqlen`",
+        )
 
 
 def own_linears(adapter: ModelAdapter) -> list[str]:

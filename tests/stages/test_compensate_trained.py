@@ -17,8 +17,10 @@ from compresso.recipe import make_step
 from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
+from compresso.stages.compensate_summary import no_gain
 from compresso.stages.whole_model import own_linears
 from compresso.training import loop
+from compresso.training.options import History
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
 FAST = {
@@ -31,10 +33,10 @@ FAST = {
 }
 
 
-def run(source, target, stage="compensate", runtime=RUNTIME, samples=16, **values):
+def run(source, target, stage="compensate", runtime=RUNTIME, samples=16, length=24, **values):
     step = make_step(stage, values, where="test")
     text = target.parent / "tokens.npy"
-    np.save(text, tokens(16, 24, seed=5).numpy())
+    np.save(text, tokens(16, length, seed=5).numpy())
     data = {"dataset": str(text), "samples": samples, "batch_size": 4}
     calibration = config.build(CalibrationSettings, data, where="test")
     return run_step(step, source, calibration, target, runtime)
@@ -185,7 +187,12 @@ def test_pooled_corrections_end_up_in_the_zeros(quantized, family, tmp_path):
     source = quantized(family)
     report = trained(source, tmp_path / "out", pooled=True, rate=2e-3).report
     written = Checkpoint(tmp_path / "out")
-    assert written.adapter is None and "bytes_added" not in report.summary
+    assert written.adapter is None
+    assert report.summary["bytes_before"] == source.stored_bytes
+    assert report.summary["bytes_added"] == written.stored_bytes - source.stored_bytes
+    moved = [words for words in report.warnings if "in place of `compressed-tensors`" in words]
+    assert len(moved) == (family == "llama") and all("trust_remote_code" in w for w in moved)
+    assert bool(report.summary["bytes_added"]) == bool(moved)  # zeros that symmetric codes lacked
     paths = own_linears(open_adapter(source, RUNTIME))
     assert set(written.packing.shapes) == set(paths)
     for path in paths:
@@ -204,6 +211,25 @@ def test_pooled_corrections_end_up_in_the_zeros(quantized, family, tmp_path):
     # Merged is as unmerged: the best state was measured before, this after.
     best = next(row for row in rows if row["step"] == report.summary["best_step"])
     assert report.summary["ppl_after"] == pytest.approx(best["heldout_ppl"], rel=1e-4)
+
+
+def test_what_gained_nothing_is_said(quantized, tmp_path):
+    source = quantized("llama")
+    bad = {"steps": 1, "rate": 3.0, "warmup": 0.0, "evaluate_every": 1}
+    report = trained(source, tmp_path / "out", **bad).report
+    assert report.summary["best_step"] == 0
+    assert report.summary["ppl_after"] == report.summary["ppl_before"]
+    assert report.warnings == [
+        "training never lowered the held-out loss: corrections are as they began"
+    ]
+
+
+def test_what_is_worse_than_its_source_is_said():
+    history = History(best_step=3)
+    assert no_gain(history, before=10.5, after=10.5) == []
+    assert no_gain(history, before=10.5, after=10.625) == [
+        "on held-out text the result is worse than its source: perplexity 10.62, and 10.5 before"
+    ]
 
 
 def test_the_teacher_s_place_changes_nothing_but_rounding(quantized, tmp_path):
@@ -243,6 +269,14 @@ def test_a_loss_that_is_no_number_ends_with_the_best_state(quantized, tmp_path):
     with pytest.raises(NumericalError, match="the loss is not finite"):
         trained(source, tmp_path / "out", **wild)
     assert not (tmp_path / "out").exists()
+
+
+def test_sequences_without_a_next_token_are_refused(quantized, tmp_path, monkeypatch):
+    """Before anything is computed."""
+    monkeypatch.setattr("compresso.stages.compensate_trained.eora_start", pytest.fail)
+    with pytest.raises(CheckpointError, match="sequences of 1 token have no next one") as short:
+        trained(quantized("llama"), tmp_path / "out", start="eora", length=1)
+    assert "--seqlen" in short.value.hint
 
 
 def test_what_cannot_be_is_refused(quantized, tmp_path):
