@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,7 +64,7 @@ class Report:
     expected: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
-    adapter: dict[str, LowRank] | None = None
+    adapter: Mapping[str, LowRank] | None = None
     written: Written | None = None
     earlier: float = 0.0
 

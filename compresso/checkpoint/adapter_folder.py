@@ -146,7 +146,8 @@ def write_adapter(
 ) -> None:
     """Put an adapter beside the checkpoint in `directory`; nothing where all ranks are 0.
 
-    factors: by the linear's path in the checkpoint. Not modified.
+    factors: by the linear's path in the checkpoint. Not modified. What makes them as they are asked
+             for is asked in that order, and one is held at a time.
     modules: path in the checkpoint -> path in transformers, at least of these.
     base:    where the checkpoint will be, for those who open the adapter alone.
     dtype:   type the factors are stored in.
@@ -154,17 +155,13 @@ def write_adapter(
 
     Raises ValueError if a factor is not exact in `dtype`, ResourceError if the disk is full.
     """
-    tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for path, factor in sorted(factors.items()):
-        if not factor.down.shape[0]:
+    places: dict[str, tuple[str, str]] = {}
+    for path in sorted(factors):
+        if not (rank := _check_exact(path, factors[path], dtype)):
             continue
-        ranks[modules[path]] = factor.down.shape[0]
-        for ending, values in ((DOWN, factor.down), (UP, factor.up)):
-            stored = values.to(dtype)
-            if not torch.equal(stored.float(), values.float()):
-                raise ValueError(f"the correction of `{path}` is not exact in {dtype}")
-            tensors[f"{PREFIX}{modules[path]}{ending}"] = stored
+        ranks[modules[path]] = rank
+        places |= {f"{PREFIX}{modules[path]}{ending}": (path, ending) for ending in (DOWN, UP)}
     if not ranks:
         return
     folder = directory / FOLDER
@@ -174,8 +171,39 @@ def write_adapter(
         with _flushed(folder / CONFIG) as file:
             file.write(config.encode())
         with _flushed(folder / WEIGHTS) as file:
-            write_safetensors(file, tensors, {"format": "pt"})
+            write_safetensors(file, _Stored(factors, places, dtype), {"format": "pt"})
         flush_directory(folder)
+
+
+@dataclass(frozen=True)
+class _Stored(Mapping[str, Tensor]):
+    """What is stored of corrections, made as it is asked for.
+
+    places: of every stored tensor, the path of its correction, and which factor it is.
+    """
+
+    factors: Mapping[str, LowRank]
+    places: Mapping[str, tuple[str, str]]
+    dtype: torch.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, ending = self.places[name]
+        found = self.factors[path]
+        return (found.down if ending == DOWN else found.up).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _check_exact(path: str, factor: LowRank, dtype: torch.dtype) -> int:
+    """The rank of a correction. Raises ValueError if it is not exact in `dtype`."""
+    for values in (factor.down, factor.up):
+        if not torch.equal(values.to(dtype).float(), values.float()):
+            raise ValueError(f"the correction of `{path}` is not exact in {dtype}")
+    return len(factor.down)
 
 
 def _config(ranks: Mapping[str, int], base: Path, *, fan_in_fan_out: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,27 +32,28 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Write tensors in the safetensors format, to a file that is open.
 
-    tensors: on any device; views and shared memory are written out in full. Not modified.
+    tensors: on any device; views and shared memory are written out in full. Not modified. If it
+             makes them as they are asked for, it is asked for each twice, and none is held.
 
     Unlike the library's own writer, this lets the caller flush and name the file, keeps its
     access rights, and fails with the OSError of the system. Source: the format's README,
     github.com/huggingface/safetensors.
     """
     words = {dtype: word for word, dtype in DTYPES.items()}
+    kinds = {name: (one.dtype, list(one.shape), one.nbytes) for name, one in tensors.items()}
     # Wide types first, as the library does it: every tensor is then aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in names:
-        end = start + tensors[name].nbytes
-        header[name] = {
-            "dtype": words[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape, nbytes = kinds[name]
+        end = start + nbytes
+        header[name] = {"dtype": words[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.checkpoint.reader import Checkpoint
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.kernels.lowrank import LowRank
 from compresso.models.adapter import ModelAdapter
 from compresso.models.corrected import DOWN, UP, is_factor
@@ -156,6 +157,32 @@ def factors_of(beside: Mapping[str, Tensor]) -> Factors:
         name: LowRank(beside[f"{name}{FACTOR_UP}"].float(), beside[f"{name}{FACTOR_DOWN}"].float())
         for name in names
     }
+
+
+class KeptFactors(Mapping[str, LowRank]):
+    """The corrections that parts were committed with, by path; one part is in memory at a time."""
+
+    def __init__(self, target: CheckpointWriter, parts: int) -> None:
+        """parts: how many are committed."""
+        self._target = target
+        self._part_of: dict[str, int] = {}
+        self._now: tuple[int, Factors] = -1, {}
+        for part in range(parts):
+            self._part_of |= dict.fromkeys(self._load(part), part)
+
+    def __getitem__(self, path: str) -> LowRank:
+        return self._load(self._part_of[path])[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._part_of)
+
+    def __len__(self) -> int:
+        return len(self._part_of)
+
+    def _load(self, part: int) -> Factors:
+        if part != self._now[0]:
+            self._now = part, factors_of(self._target.restore_beside(part) or {})
+        return self._now[1]
 
 
 def with_factors(

@@ -10,7 +10,7 @@ from compresso.calibration.states import States
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.writer import CheckpointWriter
 from compresso.report import Report
-from compresso.stages.compensate_forms import Factors, factors_of
+from compresso.stages.compensate_forms import KeptFactors
 from compresso.stages.pair import Pair
 
 MEANS = ("output_error_before", "output_error", "weight_error_before", "weight_error")
@@ -27,13 +27,11 @@ def finished(pair: Pair, target: CheckpointWriter, probe: Tensor, states: States
     probe: the tokens that `states` have the probe of.
     """
     report = Report(config=pair.source.config, expected=pair.source.names())
-    factors: Factors = {}
     for part in range(pair.adapter.count + 1):
         committed = target.restore(part)
         assert committed is not None
         report.rows += committed[1]["rows"]
-        factors |= factors_of(target.restore_beside(part) or {})
-    report.adapter = factors or None
+    report.adapter = KeptFactors(target, pair.adapter.count + 1) or None
     report.carried = pair.adapter.unmapped_tensors()
     assert states.probe is not None
     logits = pair.adapter.logits(pair.source, states.probe).cpu()

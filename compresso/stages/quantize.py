@@ -31,7 +31,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.bit_choice import BitChoice, choose_bits
 from compresso.stages.bit_job import BitJob
-from compresso.stages.compensate_forms import factors_of
+from compresso.stages.compensate_forms import KeptFactors
 from compresso.stages.error_choice import choose_by_error
 from compresso.stages.kept_fisher import fisher_of_run
 from compresso.stages.ladder import make_ladder
@@ -127,8 +127,7 @@ def _report(work: Work, target: CheckpointWriter) -> Report:
     report.config = work.layout.config(work.source.config, described)
     report.expected = _expected(work.adapter, work.source, work.plan, work.layout.names)
     report.carried = work.adapter.unmapped_tensors()
-    factors = [factors_of(target.restore_beside(part) or {}) for part in numbers]
-    report.adapter = {path: one for part in factors for path, one in part.items()} or None
+    report.adapter = KeptFactors(target, len(numbers)) or None
     return report
 
 

@@ -225,4 +225,6 @@ def test_steps_share_text_only_if_they_hold_out_the_same():
         )
     ]
     assert len({read_by(step) for step in kinds}) == len(kinds)
-    assert read_by(kinds[0]) == read_by(make_step("prune", {"method": "shortgpt", "blocks": 1}, where="test"))
+    assert read_by(kinds[0]) == read_by(
+        make_step("prune", {"method": "shortgpt", "blocks": 1}, where="test")
+    )

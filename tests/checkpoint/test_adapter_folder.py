@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,41 @@ def test_corrections_that_are_not_finite(llama: Checkpoint) -> None:
     change_factors(llama.path / FOLDER, lambda t: t[UP].fill_(torch.inf))
     with pytest.raises(CheckpointError, match=r"`lm_head.weight` .*holds NaN or infinity"):
         Checkpoint(llama.path).load_weights(["lm_head.weight"])
+
+
+class Made(Mapping[str, LowRank]):
+    """Corrections that are made as they are asked for. most: that lived at once."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"a{number}" for number in range(count)]
+        self.most = 0
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __getitem__(self, name: str) -> LowRank:
+        up = torch.full((3, 2), float(self.names.index(name)))
+        self._made = [*(one for one in self._made if one() is not None), weakref.ref(up)]
+        self.most = max(self.most, len(self._made))
+        return LowRank(up, torch.ones(2, 5))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_correction_is_held_at_a_time(tmp_path: Path, dtype: torch.dtype) -> None:
+    made = Made(30)
+    options: dict[str, Any] = {"base": tmp_path, "dtype": dtype}
+    options["modules"] = {path: path for path in made.names}
+    for name in ("made", "held"):
+        (tmp_path / name).mkdir()
+    write_adapter(tmp_path / "made", made, **options)
+    assert made.most <= 2
+    write_adapter(tmp_path / "held", dict(made), **options)
+    files = [tmp_path / name / FOLDER / "adapter_model.safetensors" for name in ("made", "held")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_would_be_rounded_is_not_written(tmp_path: Path) -> None:

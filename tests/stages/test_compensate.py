@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from compensating import TOKENS, logits, lost, prepare, quantized, rows, run, saved, weights
@@ -15,8 +17,10 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.errors import CheckpointError, ConfigError, NumericalError
 from compresso.families import family_of
 from compresso.kernels.gptq import relative_error
+from compresso.kernels.lowrank import LowRank
 from compresso.models.structure import structure_of
 from compresso.provenance import read_record
+from compresso.stages.compensate_forms import KeptFactors, factor_tensors
 
 BASES = {
     "rtn": {"bits": 2},
@@ -286,6 +290,26 @@ def test_without_weights_no_text_is_read(home, model, tmp_path):
     assert packed.packed and packed.adapter is not None
     with pytest.raises(CheckpointError, match="cannot be read as an array"):
         run(tmp_path, source, tmp_path / "out", "compensate", "eora", rank=3)
+
+
+def test_corrections_of_one_part_are_held_at_a_time():
+    alive, most = [], []
+
+    class Target:
+        def restore_beside(self, part):
+            factors = LowRank(torch.full((2, 1), float(part)), torch.ones(1, 3))
+            made = factor_tensors({f"{part}.a": factors, f"{part}.b": factors}, torch.float32)
+            alive[:] = [one for one in alive if one() is not None]
+            alive.extend(weakref.ref(tensor) for tensor in made.values())
+            most.append(len(alive))
+            return made
+
+    found = KeptFactors(Target(), 12)
+    assert sorted(found) == sorted(f"{part}.{end}" for part in range(12) for end in "ab")
+    for path in sorted(found):
+        assert found[path].up[0, 0] == float(path.partition(".")[0])
+    assert len(most) == 24 and max(most) <= 8  # of two parts, while one follows the other
+    assert not KeptFactors(Target(), 0)
 
 
 def test_a_size_for_blocks_that_share(home, model, tmp_path):
