@@ -71,7 +71,7 @@ class EoraSettings(MergeableSettings):
         str | None,
         limit(
             description="Bytes to add, such as `+2MB`, or `+5%` of what is stored; ranks are"
-            " higher where they help more."
+            " higher where they help more, but alike where blocks share weights."
         ),
     ] = None
     match: Annotated[

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compresso import registry
-from compresso.calibration.data import Calibration
+from compresso.calibration.data import Calibration, first_tokens
+from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.following import Following
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import CheckpointWriter
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.kernels.decomposition import Fisher
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime, track
 from compresso.stages.compensate_plan import Plan, make_plan
 from compresso.stages.compensate_result import commit_outside, finished
 from compresso.stages.compensate_work import Work
+from compresso.stages.kept_fisher import fisher_of_run
 from compresso.stages.original import original_of
 from compresso.stages.rank_choice import choose_ranks
 from compresso.stages.requantize import requantize
+
+FISHER_TOKENS = 4096  # that gradients are measured on, to choose ranks
 
 Stage = Callable[..., Report]
 
@@ -63,22 +71,24 @@ def eora(
 
     Blocks are corrected in order, and within a block the input groups, each for the inputs that
     reach it in the model corrected so far. With a size, a first walk measures what every rank of
-    every linear is worth. A block is committed as soon as it is done; a restarted run goes on after
-    the committed ones.
+    every linear takes off the error that it makes itself, which counts as the loss depends on its
+    output: see `choose_ranks`. What blocks before lost has no part in that: nothing is corrected
+    yet, so it is much more than in the end. A block is committed as soon as it is done; a restarted
+    run goes on after the committed ones.
 
     Reports a row per corrected linear: rank, bytes, and the squared error of its output, relative
     to what it should be, before and after.
 
     Peak memory: one block's weights and its original's, one gram and its factor, and the hidden
     states of the calibration tokens, in the original model too for `match`, up to the memory
-    budget.
+    budget. With a size, before that, the gradients of one block.
     """
     settings = step.settings
     original = original_of(source, settings.original, trust_remote_code=runtime.trust_remote_code)
     plan = make_plan(source, original, settings, runtime)
     run = _Run(plan, settings, calibration, target, runtime)
     ranks = run.ranks()
-    states, following = run.enter()
+    states, following = run.enter(run.work)
     run.write(states, following, ranks)
     return finished(plan.pair, target, run.probe, states)
 
@@ -102,9 +112,9 @@ class _Run:
         self.runtime = runtime
         self.probe = probe_of(self.pair.adapter.config)
 
-    def enter(self) -> tuple[States, Following | None]:
+    def enter(self, work: Work) -> tuple[States, Following | None]:
         """What enters the first block, and the original beside it if it is needed."""
-        follows, pair = self.work.match > 0, self.pair
+        follows, pair = work.match > 0, self.pair
         budget = self.runtime.max_memory // (1 + follows)
         spill_dir = self.target.partial
         states = enter_blocks(
@@ -134,11 +144,28 @@ class _Run:
             return self.plan.ranks
         state = self.target.recall()
         if state is None:
-            states, following = self.enter()
-            state = {"ranks": choose_ranks(self.work, self.plan, states, following)}
+            fisher = self._fisher()
+            # Where no weight was changed, all that is lacking was lost before.
+            own = replace(self.work, match=0.0) if self.plan.changed else self.work
+            state = {"ranks": choose_ranks(own, self.plan, *self.enter(own), fisher)}
             self.target.remember(state)
         ranks: dict[str, int] = state["ranks"]
         return ranks
+
+    def _fisher(self) -> dict[str, Fisher]:
+        """How much the loss depends on the original's linears; empty without text."""
+        if not self.work.weighted:
+            return {}
+        measure = partial(
+            measure_fisher,
+            self.pair.theirs,
+            self.pair.original,
+            first_tokens(self.batches, FISHER_TOKENS),
+            runtime=self.runtime,
+            spill_dir=self.target.partial,
+        )
+        store = KeptState(self.target.partial / WORK)
+        return fisher_of_run(store, self.pair.adapter.device, measure)
 
     def write(self, states: States, following: Following | None, ranks: Mapping[str, int]) -> None:
         """Commit the blocks that are not committed yet, and last what is in none."""

@@ -29,6 +29,7 @@ class Plan:
     forms:  of every block's corrections.
     shapes: of all linears that may be corrected, by name in the checkpoint: (rows, columns).
     ranks:  of their corrections; None if they are to be chosen, within `budget` bytes.
+    changed: whether any linear has not the weight that it had.
     """
 
     pair: Pair
@@ -36,6 +37,7 @@ class Plan:
     shapes: Shapes
     ranks: dict[str, int] | None
     budget: int
+    changed: bool
 
 
 def make_plan(
@@ -79,7 +81,7 @@ def make_plan(
         free = isinstance(form, Merged) and not changed
         rank = settings.rank or (highest if free else DEFAULT_RANK)
         ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
-    return Plan(pair, [form] * pair.adapter.count, shapes, ranks, budget)
+    return Plan(pair, [form] * pair.adapter.count, shapes, ranks, budget, bool(changed))
 
 
 def _plan_within(
@@ -108,7 +110,7 @@ def _plan_within(
         inside if block in corrected else merged for block in range(pair.adapter.count)
     ]
     ranks = {name: rank if name in stored else min(rank, *shape) for name, shape in shapes.items()}
-    return Plan(pair, forms, shapes, ranks, budget)
+    return Plan(pair, forms, shapes, ranks, budget, changed=True)
 
 
 def _shapes(pair: Pair, blocks: list[int]) -> Shapes:

@@ -51,6 +51,11 @@ class Pair:
         """What the checkpoint calls a linear of a block, though another may have its weights."""
         return f"{self.adapter.block_prefix(index)}{path}"
 
+    def origin(self, index: int, path: str) -> str:
+        """What the original calls the linear that a block's was; of shared ones, their owner's."""
+        owner = self.theirs.structure.owner(self.blocks[index])
+        return f"{self.theirs.block_prefix(owner)}{path}"
+
     def weight(self, index: int, path: str) -> Tensor:
         """A linear's weight, (out, in) float32, without what corrects it in its block."""
         owner = self.adapter.structure.owner(index)

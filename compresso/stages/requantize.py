@@ -131,7 +131,7 @@ class _Work:
             if name not in packing.shapes:
                 continue
             weight, recoder = pair.whole(block.index, path), recoder_of(pair.source, name)
-            fisher = self._fisher.get(f"{pair.theirs.block_prefix(pair.blocks[block.index])}{path}")
+            fisher = self._fisher.get(pair.origin(block.index, path))
             with placed(f"`{name}`"):
                 found = decompose(
                     weight,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compensating import TOKENS, logits, lost, prepare, quantized, rows, run, saved, weights
 from restructured import STRUCTURES, save
+from safetensors.torch import load_file, save_file
 from stopping import stopped_after
 from tiny_models import build
 from transformers import AutoModelForCausalLM
@@ -279,6 +280,38 @@ def test_bytes_go_where_they_help(home, model, tmp_path):
     assert 0.09 < (share.stored_bytes - base.stored_bytes) / base.stored_bytes <= 0.1
 
 
+def test_ranks_go_by_what_linears_lose_themselves(home, model, tmp_path):
+    """What uncorrected blocks before them lose is made up for by then."""
+    source = quantized(home, model, tmp_path / "base", bits=2)
+    ranks = [
+        run(home, source, tmp_path / f"{match}", "compensate", "eora", size="+20%", match=match)
+        for match in (0.0, 0.5)
+    ]
+    assert ranks[0].adapter.ranks == ranks[1].adapter.ranks
+
+
+def test_what_no_output_depends_on_gets_no_bytes(home, tmp_path):
+    """The input of a matrix of zeros. Bytes would be there for all."""
+    path = saved(home, "llama", torch.float32, hidden_size=64, intermediate_size=128)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    source = quantized(home, path, tmp_path / "base", bits=2)
+    found = run(home, source, tmp_path / "out", "compensate", "eora", size="+900%")
+    every = {name.removesuffix(".weight") for name in tensors if "_proj" in name}
+    unread = {name for name in every if name.startswith("model.layers.1.mlp.")}
+    assert len(unread) == 3 and set(found.adapter.paths) == every - unread
+
+
+def test_where_no_weight_changed_ranks_go_by_what_was_lost_before(home, model, tmp_path):
+    source = run(home, model, tmp_path / "base", "prune", "manual", drop=[1]).path
+    values = {"merge": False, "size": "+10%"}
+    found = run(home, source, tmp_path / "out", "compensate", "eora", **values)
+    ranks = found.adapter.ranks
+    assert max(ranks, key=ranks.get) == "model.layers.0.mlp.down_proj"  # in front of the gap
+    assert len(set(ranks.values())) > 2
+
+
 def test_without_weights_no_text_is_read(home, model, tmp_path):
     """The text that would be read is not there."""
     source = quantized(home, model, tmp_path / "base", bits=2)
@@ -371,6 +404,15 @@ def test_what_is_refused(home, model, tmp_path, kind, values, message):
         source = run(home, model, tmp_path / "base", "prune", "manual", drop=[1]).path
     with pytest.raises(ConfigError, match=message):
         run(home, source, tmp_path / "out", "compensate", "eora", **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_where_nothing_is_lacking(home, model, tmp_path):
+    packed = quantized(home, model, tmp_path / "packed", bits=2)
+    same = quantized(home, model, tmp_path / "same", bits=2, pack=False)
+    values = {"original": str(same), "size": "+5%", "match": 0.0}
+    with pytest.raises(ConfigError, match="no linear lacks anything of its output"):
+        run(home, packed, tmp_path / "out", "compensate", "eora", **values)
     assert not (tmp_path / "out").exists()
 
 
