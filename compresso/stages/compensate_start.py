@@ -40,7 +40,7 @@ def _refusal(source: Checkpoint) -> str:
     structure = structure_of(source.config)
     if structure.shared:
         return "share linears, and lack different things"
-    return "have corrections of their own, on which training goes on" if structure.rank else ""
+    return "have corrections of their own, which count already" if structure.rank else ""
 
 
 @torch.no_grad()
