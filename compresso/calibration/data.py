@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.calibration.crops import apart, crops
 from compresso.calibration.generated import SELF, Author, generated
 from compresso.calibration.text import documents
 from compresso.checkpoint.reader import Checkpoint
@@ -22,7 +23,6 @@ from compresso.settings import CalibrationSettings
 TOKENS_PER_BATCH = 2048
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 LONGEST_DEFAULT = 2048
-KEPT_BACK = 0.1  # of a text without a held-out part, to judge by what nobody learned from
 KEYS = ("hash", "questions")  # entries of a record that identify it
 
 
@@ -78,7 +78,7 @@ def load_calibration(
     elif dataset.endswith(".npy"):
         sequences, available = _read_tokens(Path(dataset), settings.length), None
         if keep_back:
-            sequences = _apart(sequences, dataset)[0]
+            sequences = apart(sequences, dataset)[0]
         if used is not None:
             asked = min(used(sequences.shape[1]), len(sequences))
         if len(sequences) < asked:
@@ -92,13 +92,13 @@ def load_calibration(
     else:
         stream = _token_stream(dataset, source, held_out=False, trust=trust_remote_code)
         if keep_back and Path(dataset).exists():
-            stream = _apart(stream, dataset)[0]
+            stream = apart(stream, dataset)[0]
         available = len(stream)
         _check_long_enough(available, length, dataset)
         if used is not None:
             asked = min(used(length), max(asked, available // length))
         heldout = heldout_count(heldout_share, asked)
-        sequences = _crops(stream, (asked, length), heldout, seed=settings.seed, dataset=dataset)
+        sequences = crops(stream, (asked, length), heldout, seed=settings.seed, dataset=dataset)
     record = {
         "dataset": dataset,
         "split": "calibration",
@@ -143,11 +143,11 @@ def load_heldout(
     elif dataset.endswith(".npy"):
         windows, available = _read_tokens(Path(dataset), settings.length), None
         if kept_back:
-            windows = _apart(windows, dataset)[1]
+            windows = apart(windows, dataset)[1]
     else:
         stream = _token_stream(dataset, source, held_out=True, trust=trust_remote_code)
         if kept_back and Path(dataset).exists():
-            stream = _apart(stream, dataset)[1]
+            stream = apart(stream, dataset)[1]
         available = len(stream)
         _check_long_enough(available, length, dataset)
         windows = stream[: available // length * length].reshape(-1, length)
@@ -193,45 +193,6 @@ def _token_stream(dataset: str, source: Checkpoint, *, held_out: bool, trust: bo
             ids.append(tokenizer.end)
         ids += tokenizer.encode(text, special=number == 0)
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def _crops(
-    stream: Tensor, shape: tuple[int, int], heldout: int, *, seed: int, dataset: str
-) -> Tensor:
-    """Random crops of a text; the last `heldout` evenly spaced ones of an end without the others.
-
-    shape: how many, and of how many tokens.
-
-    The share of the text that is this end is that of the sequences, or a sequence if that is more.
-    """
-    count, length = shape
-    end = 0
-    if heldout:
-        if len(stream) < 2 * length:
-            raise CheckpointError(
-                f"dataset `{dataset}` holds {len(stream)} tokens, fewer than two sequences of"
-                f" {length}: one to learn from and one to judge by",
-                hint="use a longer text, or a smaller `--seqlen`",
-            )
-        end = round(heldout / count * len(stream))
-        end = min(max(end, length), len(stream) - length)
-    start = len(stream) - end
-    generator = torch.Generator().manual_seed(seed)
-    learnt = (count - heldout,)
-    starts = torch.randint(0, start - length + 1, learnt, generator=generator).tolist()
-    starts += [start + number * (end - length) // max(heldout - 1, 1) for number in range(heldout)]
-    return torch.stack([stream[start : start + length] for start in starts])
-
-
-def _apart(tokens: Tensor, dataset: str) -> tuple[Tensor, Tensor]:
-    """What to learn from and, at the end, what to judge by: runs of sequences or of ids."""
-    back = max(1, int(KEPT_BACK * len(tokens)))
-    if len(tokens) < 2:
-        raise CheckpointError(
-            f"`{dataset}` holds too little to learn from and to judge by",
-            hint="use a longer text, or a smaller `--seqlen`",
-        )
-    return tokens[:-back], tokens[-back:]
 
 
 def _read_tokens(path: Path, length: int | None) -> Tensor:
