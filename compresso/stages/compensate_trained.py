@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compresso.calibration.data import Calibration, heldout_count
+from compresso.calibration.data import Calibration
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
 from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.compensate_settings import RilqSettings
-from compresso.errors import CheckpointError, ConfigError
+from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
 from compresso.recipe import Step
 from compresso.report import Report
@@ -27,18 +27,20 @@ from compresso.stages.compensate_pooled import groups_of, write_pooled
 from compresso.stages.compensate_start import begins_with_eora, check_start, eora_start
 from compresso.stages.compensate_summary import no_gain, recovered, sizes, told
 from compresso.stages.heal_choice import Trained
+from compresso.stages.heal_disk import check_disk, disk_left
 from compresso.stages.heal_measure import measure
-from compresso.stages.heal_memory import Load, decide_checkpointing
+from compresso.stages.heal_memory import Load, decide_checkpointing, needed
 from compresso.stages.heal_output import Output, of_corrections, write_output
 from compresso.stages.original import original_of
 from compresso.stages.plots import wants_plot
 from compresso.stages.training_plot import write_training
-from compresso.stages.whole_model import check_next_token, own_linears, training_dtype
+from compresso.stages.training_text import Text, split_text
+from compresso.stages.whole_model import own_linears, training_dtype
 from compresso.training.loop import train
 from compresso.training.model import TrainingModel
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.options import History, TrainOptions
-from compresso.training.teacher import Wanted, open_teacher
+from compresso.training.teacher import Beside, Wanted, open_teacher
 
 # Linears that get the same kind of correction: its rank, and the inputs that it adds up first.
 _Kind = tuple[list[str], int, int | None]
@@ -72,22 +74,8 @@ def rilq(
     arXiv:2306.08162 (INT2.1), of whose loss no more is told.
     """
     assert calibration is not None
-    work = _Work(source, step, _split(calibration, step.settings), target, runtime)
+    work = _Work(source, step, split_text(calibration, step.settings), target, runtime)
     return work.run()
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Sequences to learn from, (N, T) int64, and to judge by, (M, T). micro: run at once."""
-
-    data: Tensor
-    heldout: Tensor
-    micro: int
-
-    @property
-    def batches(self) -> list[Tensor]:
-        """The held-out ones, as many at a time as are run at once."""
-        return list(self.heldout.split(self.micro))
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class _Work:
 
     source: Checkpoint
     step: Step
-    text: _Text
+    text: Text
     target: CheckpointWriter
     runtime: Runtime
 
@@ -143,6 +131,8 @@ class _Work:
         kinds = list(self._kinds(paths))
         shares = self._shares()
         wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
+        options, beside = self._plan(adapter, paths)
+        check_disk(beside.disk, self.target)
         teacher = open_teacher(
             original,
             torch.cat((text.data, text.heldout)),
@@ -150,8 +140,9 @@ class _Work:
             place=settings.teacher,
             directory=self.target.partial / WORK,
             runtime=self.runtime,
+            beside=beside,
         )
-        options = self._options(adapter, paths)
+        report.summary["teacher"] = teacher.place
         start = self._start(original)  # two models are open block by block: before one is whole
         with teacher, TrainingModel(adapter, source) as model:
             parameters = self._corrections(model, kinds, start)
@@ -166,6 +157,7 @@ class _Work:
                 store=self._store,
                 title=self.step.method,
             )
+            report.earlier = history.earlier
             report.summary |= told(history, model, options, len(text.data))
             if settings.pooled:
                 return history, Output(factors=model.low_ranks())
@@ -218,7 +210,8 @@ class _Work:
             # A rank above the number of sums adds nothing.
             yield [p for p in paths if groups[p] == kind], min(rank, kind.count), kind.size
 
-    def _options(self, adapter: ModelAdapter, paths: list[str]) -> TrainOptions:
+    def _plan(self, adapter: ModelAdapter, paths: list[str]) -> tuple[TrainOptions, Beside]:
+        """How to train, and what that takes."""
         settings = self.step.settings
         load = Load(
             sequences=min(self.text.micro, settings.sequences),
@@ -228,7 +221,9 @@ class _Work:
         )
         moved = Trained(linears=paths)
         again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
-        return TrainOptions(
+        memory = needed(adapter, self.source, moved, load, again=again)
+        disk = disk_left(self.source, moved, settings.rank, self.target)
+        options = TrainOptions(
             steps=settings.steps,
             sequences=settings.sequences,
             micro=load.sequences,
@@ -240,6 +235,7 @@ class _Work:
             seed=settings.seed,
             checkpointing=again,
         )
+        return options, Beside(memory, disk)
 
     def _measure(self, checkpoint: Checkpoint, what: str) -> tuple[float, Fingerprint]:
         """Perplexity of the held-out sequences, and the probe."""
@@ -261,24 +257,6 @@ class _Work:
             title=f"{self.step.name} of {self.source.path.name}",
             draws=wants_plot(self.step.settings.plot),
         )
-
-
-def _split(calibration: Calibration, settings: RilqSettings) -> _Text:
-    """The first sequences to learn from, and the last to judge by, as `load_calibration` has them.
-
-    Raises CheckpointError if they are too few, or have no next token.
-    """
-    check_next_token(calibration)
-    sequences = torch.cat(calibration.batches)
-    heldout = heldout_count(settings.heldout_share, len(sequences))
-    left = len(sequences) - heldout
-    if left < settings.sequences:
-        raise CheckpointError(
-            f"`{calibration.record['dataset']}` gives {left} sequences to learn from, beside"
-            f" {heldout} to judge by: fewer than the {settings.sequences} of one step",
-            hint="pass a larger `--nsamples`, or a smaller `--sequences`",
-        )
-    return _Text(sequences[:left], sequences[left:], len(calibration.batches[0]))
 
 
 def _check(source: Checkpoint, settings: RilqSettings) -> None:

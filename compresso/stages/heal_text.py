@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from compresso.calibration.data import Calibration, load_heldout
 from compresso.calibration.generated import Author
@@ -20,35 +17,13 @@ from compresso.recipe import Step
 from compresso.runtime import Runtime
 from compresso.settings import CalibrationSettings
 from compresso.stages.original import block_count, block_map, original_of
+from compresso.stages.training_text import Text
 from compresso.stages.whole_model import check_next_token
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.processes import join
 from compresso.training.teacher import Beside, Wanted, open_teacher
 
 TAIL_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class Text:
-    """Sequences of ids, all of one length.
-
-    data:    to learn from, (N, T) int64. heldout: to judge by, (M, T) int64.
-    micro:   run at once. record: of the held-out ones.
-    """
-
-    data: Tensor
-    heldout: Tensor
-    micro: int
-    record: dict[str, Any]
-
-    @property
-    def batches(self) -> list[Tensor]:
-        """The held-out sequences, as many at a time as are run at once."""
-        return list(self.heldout.split(self.micro))
-
-    def first(self, count: int) -> Self:
-        """The same with the first sequences alone to learn from."""
-        return replace(self, data=self.data[:count])
 
 
 def load_text(calibration: Calibration, step: Step, source: Checkpoint, author: Author) -> Text:
