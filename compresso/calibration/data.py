@@ -81,13 +81,7 @@ def load_calibration(
             sequences = apart(sequences, dataset)[0]
         if used is not None:
             asked = min(used(sequences.shape[1]), len(sequences))
-        if len(sequences) < asked:
-            beside = " beside those kept back to judge by" if keep_back else ""
-            raise CheckpointError(
-                f"`{dataset}` holds {len(sequences)} sequences{beside}, fewer than the"
-                f" {asked} asked for",
-                hint=f"pass `--nsamples {len(sequences)}`",
-            )
+        _check_enough(sequences, asked, dataset, keep_back=keep_back)
         sequences = sequences[:asked]
     else:
         stream = _token_stream(dataset, source, held_out=False, trust=trust_remote_code)
@@ -213,6 +207,16 @@ def _read_tokens(path: Path, length: int | None) -> Tensor:
     length = length or min(LONGEST_DEFAULT, len(tokens))
     _check_long_enough(len(tokens), length, str(path))
     return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _check_enough(sequences: Tensor, asked: int, dataset: str, *, keep_back: bool) -> None:
+    if len(sequences) < asked:
+        beside = " beside those kept back to judge by" if keep_back else ""
+        raise CheckpointError(
+            f"`{dataset}` holds {len(sequences)} sequences{beside}, fewer than the {asked} asked"
+            " for",
+            hint=f"pass `--nsamples {len(sequences)}`",
+        )
 
 
 def _check_long_enough(available: int, length: int, dataset: str) -> None:
