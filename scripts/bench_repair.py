@@ -29,6 +29,7 @@ from bench_quantize import judge, scores
 
 from compresso import registry
 from compresso.checkpoint.reader import Checkpoint, open_checkpoint
+from compresso.kernels.lowrank import correction_parameters
 
 BASES = {
     "rtn": "quantize --method rtn --bits 2",
@@ -42,12 +43,14 @@ CORRECTIONS = {
     "svd": "eora --no-weighted",
     "eora": "eora --match 0",
     "eora match": "eora --match 1",
+    "eora spread": "eora --size",
     "loftq": "loftq",
     "lq-lora": "lq-lora --no-fisher",
     "lq-lora fisher": "lq-lora",
     "rilq": "rilq",
     "lrec": "lrec",
 }
+AS_RANK = "as-rank-"  # stands for as many bytes as that rank takes in all linears
 DATA_FREE = {"--no-weighted", "--no-fisher"}
 RANKS = (16, 64)
 RANKS_OF = {"rilq": (4, 16, 64), "lrec": (16,)}
@@ -60,7 +63,8 @@ def ways(tokens: int) -> dict[str, tuple[str, list[str]]]:
     found = {}
     for base, (name, given) in product(QUANTIZED, CORRECTIONS.items()):
         for rank in RANKS_OF.get(name, RANKS):
-            options = f"compensate --method {given} --rank {rank}"
+            amount = f"{AS_RANK}{rank}" if given.endswith("--size") else f"--rank {rank}"
+            options = f"compensate --method {given} {amount}"
             found[f"{base} + {name} r{rank}"] = base, options.split()
     lossy = [base for base in BASES if base not in QUANTIZED]
     for base, method, (suffix, distill) in product(lossy, HEALERS, DISTILL.items()):
@@ -117,7 +121,7 @@ def place(out: Path, name: str) -> Path:
 def make(name: str, start: str, given: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Make a checkpoint, unless it is there; what it took."""
     target = place(options.out, name)
-    command = [given[0], start, "-o", str(target), *given[1:]]
+    command = [given[0], start, "-o", str(target), *(sized(word, start) for word in given[1:])]
     if registry.method(given[0], given[2]).calibrated and not DATA_FREE & {*given}:
         text = options.dataset
         if given[0] == "heal" and options.train:
@@ -130,6 +134,17 @@ def make(name: str, start: str, given: list[str], options: argparse.Namespace) -
     if given[0] == "heal":
         found |= {"tokens": summary["tokens_seen"], "where_trained": summary["recovered"]}
     return found
+
+
+def sized(word: str, start: str) -> str:
+    """An option's value; where it stands for a rank's bytes, these."""
+    if not word.startswith(AS_RANK):
+        return word
+    source = Checkpoint(Path(start))
+    count = correction_parameters(
+        source.packing.shapes.values(), rank=int(word.removeprefix(AS_RANK))
+    )
+    return f"+{count * source.dtype.itemsize}B"
 
 
 def recovered(name: str, rows: dict[str, Any]) -> float:
