@@ -139,10 +139,11 @@ class RilqSettings(MergeableSettings):
 
     rank: Rank = DEFAULT_RANK
     start: Annotated[
-        Literal["auto", "gaussian", "eora"],
+        Literal["auto", "gaussian", "eora", "adapter"],
         limit(
-            description="What corrections begin as: nothing, or what `eora` finds with `--match 1`;"
-            " `auto`: the latter where it can be."
+            description="What corrections begin as: nothing, what `eora` finds with `--match 1`, or"
+            " the model's adapter, whose ranks stay; `auto`: an adapter if there is one, else what"
+            " `eora` finds where it can."
         ),
     ] = "auto"
     pooled: Annotated[

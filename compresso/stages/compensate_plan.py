@@ -121,15 +121,6 @@ def _shapes(pair: Pair, blocks: list[int]) -> Shapes:
     }
 
 
-def check_no_adapter(source: Checkpoint) -> None:
-    """Raises ConfigError if the source is corrected already."""
-    if source.adapter is not None:
-        raise ConfigError(
-            f"`{source.path}` has an adapter",
-            hint="compensate the checkpoint that it was made from",
-        )
-
-
 def added_bytes(size: str, source: Checkpoint) -> int:
     """Bytes in `+2MB`, or in `+5%` of what is stored."""
     amount = size.strip().removeprefix("+").strip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -20,18 +22,33 @@ from compresso.stages.pair import Pair
 START = "start"
 
 
-def begins_with_eora(source: Checkpoint, settings: RilqSettings) -> bool:
-    """Whether training begins with what `eora` finds; if nobody says, wherever it can."""
-    if settings.start == "auto":
-        return not (settings.pooled or _refusal(source))
-    return settings.start == "eora"
+def start_of(source: Checkpoint, settings: RilqSettings) -> Literal["gaussian", "eora", "adapter"]:
+    """What training begins with; if nobody says, an adapter, or what `eora` finds if it can."""
+    if settings.start != "auto":
+        return settings.start
+    if source.adapter is not None:
+        return "adapter"
+    return "gaussian" if settings.pooled or _refusal(source) else "eora"
 
 
-def check_start(source: Checkpoint) -> None:
-    """Raises ConfigError if linears lack different things in different blocks, or other ones lie
-    within these, which would be made up for again.
+def check_start(source: Checkpoint, start: str) -> None:
+    """Raises ConfigError if training cannot begin so.
+
+    With an adapter it can if there is one, and otherwise if there is none; with what `eora` finds,
+    if blocks do not share linears, which lack different things in each, and have no corrections
+    within, which would be made up for again.
     """
-    if reason := _refusal(source):
+    if start == "adapter" and source.adapter is None:
+        raise ConfigError(
+            f"`{source.path}` has no adapter to begin with", hint="leave out `--start adapter`"
+        )
+    if start != "adapter" and source.adapter is not None:
+        raise ConfigError(
+            f"`{source.path}` has an adapter, which would be lost",
+            hint="pass `--start adapter` to go on from it, or compensate the checkpoint that it"
+            " was made from",
+        )
+    if start == "eora" and (reason := _refusal(source)):
         raise ConfigError(f"blocks of `{source.path}` {reason}", hint="leave out `--start eora`")
 
 

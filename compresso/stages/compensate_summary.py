@@ -52,8 +52,9 @@ def no_gain(history: History, before: float, after: float) -> list[str]:
 
 
 def sizes(source: Checkpoint, output: Output) -> dict[str, int]:
-    """Stored bytes of the source, and of its adapter."""
+    """Stored bytes of the source, and what its adapter adds to these, or to an adapter it had."""
     size = source.dtype.itemsize
     factors = (output.factors or {}).values()
     added = sum(size * (one.up.numel() + one.down.numel()) for one in factors)
-    return {"bytes_before": source.stored_bytes, "bytes_added": added}
+    had = source.adapter.nbytes if source.adapter is not None else 0
+    return {"bytes_before": source.stored_bytes, "bytes_added": added - had}

@@ -18,13 +18,13 @@ from compresso.checkpoint.writer import WORK, CheckpointWriter
 from compresso.compensate_settings import RilqSettings
 from compresso.errors import ConfigError
 from compresso.models.adapter import ModelAdapter
+from compresso.models.corrected import without_adapter
 from compresso.recipe import Step
 from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.compensate_forms import Factors
-from compresso.stages.compensate_plan import check_no_adapter
 from compresso.stages.compensate_pooled import groups_of, write_pooled
-from compresso.stages.compensate_start import begins_with_eora, check_start, eora_start
+from compresso.stages.compensate_start import check_start, eora_start, start_of
 from compresso.stages.compensate_summary import no_gain, recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_disk import check_disk, disk_left
@@ -74,15 +74,16 @@ def rilq(
     arXiv:2306.08162 (INT2.1), of whose loss no more is told.
     """
     assert calibration is not None
-    work = _Work(source, step, split_text(calibration, step.settings), target, runtime)
-    return work.run()
+    text = split_text(calibration, step.settings)
+    return _Work(source, without_adapter(source), step, text, target, runtime).run()
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One run."""
+    """One run. source: with its adapter, if it has one; bare: without."""
 
     source: Checkpoint
+    bare: Checkpoint
     step: Step
     text: Text
     target: CheckpointWriter
@@ -107,7 +108,7 @@ class _Work:
 
     def _write(self, output: Output, report: Report) -> Checkpoint:
         """Commit all parts, as the settings ask; what a reader of the output will find."""
-        source, settings = self.source, self.step.settings
+        source, settings = self.bare, self.step.settings
         adapter = open_adapter(source, self.runtime)
         report.carried = adapter.unmapped_tensors()
         if settings.pooled:
@@ -120,14 +121,14 @@ class _Work:
         write_output(adapter, source, output, self.target)
         report.adapter = output.factors
         report.config, report.expected = source.config, source.names()
-        report.summary |= sizes(source, output)
+        report.summary |= sizes(self.source, output)
         return output.changed(source)
 
     def _train(self, original: Checkpoint, report: Report) -> tuple[History, Output]:
         """What training came to, and what of it is to be written."""
-        source, settings, text = self.source, self.step.settings, self.text
+        source, settings, text = self.bare, self.step.settings, self.text
         adapter = open_adapter(source, self.runtime, dtype=training_dtype(source, self.runtime))
-        paths = own_linears(adapter)
+        paths = self._paths(adapter)
         kinds = list(self._kinds(paths))
         shares = self._shares()
         wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
@@ -179,8 +180,12 @@ class _Work:
 
     def _start(self, original: Checkpoint) -> Factors | None:
         """What corrections begin as; None for nothing."""
-        if not begins_with_eora(self.source, self.step.settings):
+        start = start_of(self.source, self.step.settings)
+        if start == "gaussian":
             return None
+        if start == "adapter":
+            assert self.source.adapter is not None
+            return self.source.adapter.load(self.source.adapter.paths)
         return eora_start(
             self.source,
             original,
@@ -199,13 +204,27 @@ class _Work:
             parameters += model.add_low_rank(paths, rank, seed=seed, start=start, pooled=pooled)
         return parameters
 
+    def _paths(self, adapter: ModelAdapter) -> list[str]:
+        """The linears to correct: all, or those that the source's adapter corrects."""
+        held = self.source.adapter
+        return own_linears(adapter) if held is None else held.paths
+
+    @property
+    def _rank(self) -> int:
+        """Of every correction; of an adapter, that of one rank for all that is as large."""
+        held = self.source.adapter
+        if held is None:
+            return int(self.step.settings.rank)
+        shapes = [self.bare.weight_info(f"{path}.weight").shape for path in held.paths]
+        return ceil(held.nbytes / self.bare.dtype.itemsize / sum(map(sum, shapes)))
+
     def _kinds(self, paths: list[str]) -> Iterator[_Kind]:
         """The linears by kind of correction."""
         rank: int = self.step.settings.rank
         if not self.step.settings.pooled:
             yield paths, rank, None
             return
-        groups = groups_of(self.source, paths)
+        groups = groups_of(self.bare, paths)
         for kind in dict.fromkeys(groups.values()):
             # A rank above the number of sums adds nothing.
             yield [p for p in paths if groups[p] == kind], min(rank, kind.count), kind.size
@@ -216,13 +235,13 @@ class _Work:
         load = Load(
             sequences=min(self.text.micro, settings.sequences),
             length=self.text.data.shape[1],
-            rank=settings.rank,
+            rank=self._rank,
             packed=False,
         )
         moved = Trained(linears=paths)
-        again = decide_checkpointing(adapter, self.source, moved, load, settings.checkpointing)
-        memory = needed(adapter, self.source, moved, load, again=again)
-        disk = disk_left(self.source, moved, settings.rank, self.target)
+        again = decide_checkpointing(adapter, self.bare, moved, load, settings.checkpointing)
+        memory = needed(adapter, self.bare, moved, load, again=again)
+        disk = disk_left(self.bare, moved, self._rank, self.target)
         options = TrainOptions(
             steps=settings.steps,
             sequences=settings.sequences,
@@ -260,15 +279,16 @@ class _Work:
 
 
 def _check(source: Checkpoint, settings: RilqSettings) -> None:
-    """Raises ConfigError if corrections cannot be stored as the settings ask."""
-    check_no_adapter(source)
-    if settings.pooled and (settings.merge is False or settings.start == "eora"):
-        given = "--no-merge" if settings.merge is False else "--start eora"
+    """Raises ConfigError if corrections cannot be stored as the settings ask, or begin so."""
+    if settings.pooled and (settings.merge is False or settings.start in ("eora", "adapter")):
+        given = "--no-merge" if settings.merge is False else f"--start {settings.start}"
         raise ConfigError(f"`{given}` does not go with `--pooled`", hint=f"leave out `{given}`")
-    if settings.pooled:
-        return
-    if settings.start == "eora":
-        check_start(source)
+    if settings.pooled and source.adapter is not None:
+        raise ConfigError(
+            f"`{source.path}` has an adapter, whose corrections do not fit into zero points",
+            hint="leave out `--pooled`, or compensate the checkpoint that it was made from",
+        )
+    check_start(source, start_of(source, settings))
     if settings.merge and source.packed:
         raise ConfigError(
             f"corrections cannot be added to the packed weights of `{source.path}`",

@@ -167,6 +167,35 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     assert eora.report.rows[0]["rank"] == 4
 
 
+@pytest.mark.parametrize("kind", ["packed", "dense", "merged"])
+def test_it_goes_on_from_an_adapter_whose_ranks_differ(quantized, kind, tmp_path):
+    source, beside, given = quantized("llama"), {"size": "+6KB", "weighted": False}, {}
+    if kind != "packed":
+        model = build("llama")
+        model.save_pretrained(tmp_path / "original")
+        source = save(model, STRUCTURES["both kinds"], tmp_path / "source")
+        beside = {"size": "+12KB", "merge": False}
+        given = {"original": str(tmp_path / "original")}
+    run(source, tmp_path / "eora", method="eora", **beside, **given)
+    begun = Checkpoint(tmp_path / "eora")
+    assert len(set(begun.adapter.ranks.values())) > 1
+    given |= {"merge": False} if kind == "dense" else {}
+    report = trained(begun, tmp_path / "out", start="auto", rate=3e-3, **given).report
+    written, summary = Checkpoint(tmp_path / "out"), report.summary
+    first = report.rows[0]["heldout_ppl"]  # with the adapter, and so is the source's
+    assert first == pytest.approx(summary["ppl_before"], rel=1e-3)
+    if kind == "merged":
+        assert written.adapter is None and not same(stored(written), stored(begun))
+        assert summary["bytes_added"] == -begun.adapter.nbytes
+        return
+    assert written.adapter.ranks == begun.adapter.ranks and summary["bytes_added"] == 0
+    assert same(stored(written), stored(begun))
+    assert report.rows[-1]["heldout_loss"] != report.rows[0]["heldout_loss"]  # all moved
+    before, after = (one.adapter.load(one.adapter.paths) for one in (begun, written))
+    kept = [torch.equal(before[path].up, after[path].up) for path in before]
+    assert all(kept) if summary["best_step"] == 0 else not any(kept)
+
+
 def test_corrections_within_blocks_are_not_made_up_for_again(tmp_path):
     model = build("llama")
     model.save_pretrained(tmp_path / "original")
@@ -301,7 +330,12 @@ def test_what_cannot_be_is_refused(quantized, tmp_path):
         trained(dense, tmp_path / "pooled", pooled=True, **original)
     with pytest.raises(ConfigError, match="share linears"):
         trained(dense, tmp_path / "begun", start="eora", **original)
+    with pytest.raises(ConfigError, match="has no adapter to begin with"):
+        trained(source, tmp_path / "out", start="adapter")
     trained(source, tmp_path / "first", steps=1)
-    with pytest.raises(ConfigError, match="has an adapter"):
-        trained(Checkpoint(tmp_path / "first"), tmp_path / "out")
+    for start in ("gaussian", "eora"):
+        with pytest.raises(ConfigError, match="has an adapter, which would be lost"):
+            trained(Checkpoint(tmp_path / "first"), tmp_path / "out", start=start)
+    with pytest.raises(ConfigError, match="do not fit into zero points"):
+        trained(Checkpoint(tmp_path / "first"), tmp_path / "out", start="auto", pooled=True)
     assert not (tmp_path / "out").exists()
