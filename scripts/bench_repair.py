@@ -59,13 +59,16 @@ DISTILL = {"": "none", " distilled": "logits"}
 
 
 def ways(tokens: int) -> dict[str, tuple[str, list[str]]]:
-    """Name in the table -> base, options. tokens: that healing is to train on."""
+    """Name in the table -> what it is made from, options. tokens: that healing is to train on."""
     found = {}
     for base, (name, given) in product(QUANTIZED, CORRECTIONS.items()):
         for rank in RANKS_OF.get(name, RANKS):
             amount = f"{AS_RANK}{rank}" if given.endswith("--size") else f"--rank {rank}"
             options = f"compensate --method {given} {amount}"
             found[f"{base} + {name} r{rank}"] = base, options.split()
+    for base, rank in product(QUANTIZED, RANKS):
+        begun = f"{base} + eora spread r{rank}"
+        found[f"{begun} + rilq"] = begun, ["compensate", "--method", "rilq"]
     lossy = [base for base in BASES if base not in QUANTIZED]
     for base, method, (suffix, distill) in product(lossy, HEALERS, DISTILL.items()):
         options = f"heal --method {method} --distill {distill} --tokens {tokens}"
@@ -95,20 +98,25 @@ def main() -> None:
     source = open_checkpoint(options.model)
     original, loss = scores(source, windows)
     rows["original"] = {"ppl": exp(loss), "kl": 0.0, "bytes": source.stored_bytes, "seconds": 0}
-    for name, (base, given) in ways(options.tokens).items():
-        if name in rows or (options.only and not name.startswith(tuple(options.only))):
-            continue
-        for step, start, command in (
-            (base, options.model, BASES[base].split()),
-            (name, str(place(options.out, base)), given),
-        ):
-            if step not in rows:
-                made = make(step, start, command, options)
-                rows[step] = made | judge(place(options.out, step), original, windows)
-                results.write_text(json.dumps(rows, indent=1))
-        rows[name]["base"] = base
-        print(line(name, rows), flush=True)
-        results.write_text(json.dumps(rows, indent=1))
+    known = ways(options.tokens)
+
+    def ensure(name: str) -> None:
+        """Make a checkpoint, and what it is made from, and judge both."""
+        before, given = known.get(name, ("", BASES.get(name, "").split()))
+        if name not in rows:
+            if before:
+                ensure(before)
+            start = str(place(options.out, before)) if before else options.model
+            made = make(name, start, given, options)
+            rows[name] = made | judge(place(options.out, name), original, windows)
+            if before:
+                rows[name]["base"] = name.partition(" + ")[0]
+                print(line(name, rows), flush=True)
+            results.write_text(json.dumps(rows, indent=1))
+
+    for name in known:
+        if not options.only or name.startswith(tuple(options.only)):
+            ensure(name)
     (options.out / "repair.md").write_text(table(rows))
     draw(rows, options.out)
 
