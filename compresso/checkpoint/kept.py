@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class KeptState:
         """
         if not self._writes:
             return
-        path = self.directory / f"{name}.safetensors"
+        path = self._path(name)
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             self.directory.mkdir(exist_ok=True)
@@ -58,10 +58,9 @@ class KeptState:
 
         Raises CheckpointError if the file is damaged.
         """
-        path = self.directory / f"{name}.safetensors"
-        if not path.exists():
+        if not self._path(name).exists():
             return None
-        with open_shard(path, hint="pass `--fresh` to start over") as shard:
+        with self._open(name) as shard:
             values: dict[str, Any] = json.loads(shard.metadata()[VALUES])
         return values
 
@@ -70,11 +69,14 @@ class KeptState:
 
         Raises CheckpointError if it is damaged.
         """
-        path = self.directory / f"{name}.safetensors"
-        if not path.exists():
+        if (values := self.values(name)) is None:
             return None
-        with open_shard(path, hint="pass `--fresh` to start over") as shard:
+        with self._open(name) as shard:
             names = shard.keys()
-            tensors = {name: shard.get_tensor(name).clone() for name in names}
-            values: dict[str, Any] = json.loads(shard.metadata()[VALUES])
-        return tensors, values
+            return {one: shard.get_tensor(one).clone() for one in names}, values
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def _open(self, name: str) -> AbstractContextManager[Any]:
+        return open_shard(self._path(name), hint="pass `--fresh` to start over")

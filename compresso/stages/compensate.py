@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.data import Calibration, first_tokens
-from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.following import Following
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
-from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.kernels.decomposition import Fisher
 from compresso.recipe import Step
 from compresso.report import Report
@@ -156,16 +153,13 @@ class _Run:
         """How much the loss depends on the original's linears; empty without text."""
         if not self.work.weighted:
             return {}
-        measure = partial(
-            measure_fisher,
+        return fisher_of_run(
             self.pair.theirs,
             self.pair.original,
             first_tokens(self.batches, FISHER_TOKENS),
+            target=self.target,
             runtime=self.runtime,
-            spill_dir=self.target.partial,
         )
-        store = KeptState(self.target.partial / WORK)
-        return fisher_of_run(store, self.pair.adapter.device, measure)
 
     def write(self, states: States, following: Following | None, ranks: Mapping[str, int]) -> None:
         """Commit the blocks that are not committed yet, and last what is in none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from math import ceil
 from typing import Any
 
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from compresso import registry
 from compresso.calibration.data import Calibration
-from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.opening import open_adapter
 from compresso.calibration.originals import Originals
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import States
 from compresso.calibration.walk import enter_blocks, walk_blocks
-from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.merged import merged
 from compresso.checkpoint.proof import Fingerprint
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.kernels.decomposition import Fisher
 from compresso.models.adapter import ModelAdapter
 from compresso.models.rotation import RotatedCheckpoint, rotated
@@ -70,15 +67,7 @@ def quantize(
     plan = make_plan(adapter, settings, packed_as=packed_as)
     fisher = None
     if getattr(settings, "fisher", False) and calibration is not None:
-        measure = partial(
-            measure_fisher,
-            adapter,
-            source,
-            calibration.batches,
-            runtime=runtime,
-            spill_dir=target.partial,
-        )
-        fisher = fisher_of_run(KeptState(target.partial / WORK), adapter.device, measure)
+        fisher = fisher_of_run(adapter, source, calibration.batches, target=target, runtime=runtime)
     choice = None
     if getattr(settings, "hits_target", False):
         ladder = make_ladder(step.method, settings, source.dtype)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from compresso.calibration.data import Calibration
-from compresso.calibration.fisher import measure_fisher
 from compresso.calibration.probe import probe_of
 from compresso.calibration.states import enter_blocks
 from compresso.calibration.walk import LiveBlock, walk_blocks
-from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.packings import decoded
 from compresso.checkpoint.reader import Checkpoint
-from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.checkpoint.writer import CheckpointWriter
 from compresso.errors import ConfigError, placed
 from compresso.kernels.decomposition import Fisher, decompose
 from compresso.kernels.gptq import relative_error
@@ -68,16 +65,9 @@ def requantize(
         recoder_of(source, path)  # refuses
     fisher: dict[str, Fisher] = {}
     if getattr(step.settings, "fisher", False) and calibration is not None:
-        measure = partial(
-            measure_fisher,
-            pair.theirs,
-            original,
-            calibration.batches,
-            runtime=runtime,
-            spill_dir=target.partial,
+        fisher = fisher_of_run(
+            pair.theirs, original, calibration.batches, target=target, runtime=runtime
         )
-        store = KeptState(target.partial / WORK)
-        fisher = fisher_of_run(store, pair.adapter.device, measure)
     work = _Work(pair, step, fisher)
     probe = probe_of(pair.adapter.config)
     states = enter_blocks(pair.adapter, source, [], probe=probe, budget=0, spill_dir=None)

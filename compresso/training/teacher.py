@@ -99,8 +99,8 @@ def open_teacher(
         stored.clear()
     chosen = place
     if place == "auto":
-        before = kept.kept(CHOICE)
-        chosen = before[1]["place"] if before else _place(stored, directory, beside)
+        before = kept.values(CHOICE)
+        chosen = before["place"] if before else _place(stored, directory, beside)
     if first:
         if chosen == "disk":
             _check_disk(stored, directory, beside)
@@ -144,13 +144,16 @@ class ResidentTeacher:
 
 def _place(stored: DiskTeacher, directory: Path, beside: Beside) -> Place:
     """Where a teacher has to be that may be anywhere."""
-    free = shutil.disk_usage(directory).free
-    return "disk" if stored.complete or stored.nbytes + beside.disk <= free else "resident"
+    return "disk" if _fits(stored, shutil.disk_usage(directory).free, beside) else "resident"
+
+
+def _fits(stored: DiskTeacher, free: int, beside: Beside) -> bool:
+    return stored.complete or stored.nbytes + beside.disk <= free
 
 
 def _check_disk(stored: DiskTeacher, directory: Path, beside: Beside) -> None:
     free = shutil.disk_usage(directory).free
-    if not stored.complete and stored.nbytes + beside.disk > free:
+    if not _fits(stored, free, beside):
         further = f", and training {format_bytes(beside.disk)}" if beside.disk else ""
         raise ResourceError(
             f"what the original says takes {format_bytes(stored.nbytes)}{further}, but"

@@ -123,7 +123,7 @@ def test_pruned_blocks_have_the_gradients_of_their_own(home, model, tmp_path, mo
         asked.append(original.path)
         return measure_fisher(adapter, original, batches, **options)
 
-    monkeypatch.setattr("compresso.stages.requantize.measure_fisher", recorded)
+    monkeypatch.setattr("compresso.stages.kept_fisher.measure_fisher", recorded)
     found = run(home, source, tmp_path / "out", "compensate", "lq-lora", rank=64)
     assert asked == [model]
     own, theirs = weights(found), weights(Checkpoint(model))
@@ -168,16 +168,16 @@ def test_a_stopped_run_ends_in_the_same_bytes(home, model, tmp_path, name, monke
 
 @pytest.mark.parametrize("stage", ["compensate", "quantize"])
 def test_gradients_are_measured_once_over_stops(home, model, tmp_path, stage, monkeypatch):
-    source, module = model, "quantize"
+    source = model
     if stage == "compensate":
-        source, module = quantized(home, model, tmp_path / "base", bits=2), "requantize"
+        source = quantized(home, model, tmp_path / "base", bits=2)
     measured = []
 
     def recorded(*given, **options):
         measured.append(given)
         return measure_fisher(*given, **options)
 
-    monkeypatch.setattr(f"compresso.stages.{module}.measure_fisher", recorded)
+    monkeypatch.setattr("compresso.stages.kept_fisher.measure_fisher", recorded)
 
     def again(name="out"):
         return run(home, source, tmp_path / name, stage, "lq-lora", rank=4)

@@ -150,8 +150,8 @@ def test_what_was_asked_is_kept_for_a_later_run(checkpoints, tmp_path, monkeypat
     assert not any(other.complete for other in others)
 
 
-def test_what_a_killed_run_had_begun_is_begun_anew(checkpoints, tmp_path, monkeypatch):
-    source = checkpoints("llama")
+def kill(teacher, monkeypatch):
+    """Break it off while it asks the original."""
 
     def killed(self):
         raise KeyboardInterrupt
@@ -159,7 +159,12 @@ def test_what_a_killed_run_had_begun_is_begun_anew(checkpoints, tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(DiskTeacher, "_ask", killed)
         with pytest.raises(KeyboardInterrupt):
-            disk(source, tmp_path).__enter__()
+            teacher.__enter__()
+
+
+def test_what_a_killed_run_had_begun_is_begun_anew(checkpoints, tmp_path, monkeypatch):
+    source = checkpoints("llama")
+    kill(disk(source, tmp_path), monkeypatch)
     assert not disk(source, tmp_path).complete
     with resident(source) as memory, disk(source, tmp_path) as stored:
         close(asked(stored), asked(memory), 2**-7)
@@ -214,14 +219,7 @@ def test_a_run_that_goes_on_takes_the_same_place(checkpoints, tmp_path, monkeypa
 
 def test_what_a_killed_run_had_begun_takes_no_room(checkpoints, tmp_path, monkeypatch):
     source = checkpoints("llama")
-
-    def killed(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(DiskTeacher, "_ask", killed)
-        with pytest.raises(KeyboardInterrupt):
-            opened(source, tmp_path, "disk").__enter__()
+    kill(opened(source, tmp_path, "disk"), monkeypatch)
     [begun] = tmp_path.iterdir()
 
     def free(path):  # as much as it takes, once
