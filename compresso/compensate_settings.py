@@ -56,15 +56,15 @@ class MergeableSettings(CompensateSettings):
 
 
 @settings
-class EoraSettings(MergeableSettings):
-    """The correction that leaves the least error of every linear's output. No training."""
+class SizedSettings(MergeableSettings):
+    """Corrections of one rank, or of ranks that are spread within a budget."""
 
     rank: Annotated[
         int | None,
         limit(
             ge=1,
-            description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size; full"
-            " in a model that was only pruned, where it adds no bytes.",
+            description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size; `eora`"
+            " takes all in a model that was only pruned, where it adds no bytes.",
         ),
     ] = None
     size: Annotated[
@@ -74,6 +74,20 @@ class EoraSettings(MergeableSettings):
             " higher where they help more, but alike where blocks share weights."
         ),
     ] = None
+
+    @checked
+    def _check_amount(self) -> Self:
+        if self.rank is not None and self.size is not None:
+            raise ValueError("give only one of `rank`, `size`")
+        if self.size is not None and not re.fullmatch(ADDED, self.size.strip()):
+            raise ValueError(f"`size` is what to add, such as `+5%` or `+2MB`, not `{self.size}`")
+        return self
+
+
+@settings
+class EoraSettings(SizedSettings):
+    """The correction that leaves the least error of every linear's output. No training."""
+
     match: Annotated[
         float | None,
         limit(
@@ -90,10 +104,6 @@ class EoraSettings(MergeableSettings):
 
     @checked
     def _check(self) -> Self:
-        if self.rank is not None and self.size is not None:
-            raise ValueError("give only one of `rank`, `size`")
-        if self.size is not None and not re.fullmatch(ADDED, self.size.strip()):
-            raise ValueError(f"`size` is what to add, such as `+5%` or `+2MB`, not `{self.size}`")
         if self.match and not self.weighted:
             raise ValueError("`match` needs `weighted`")
         return self
@@ -134,16 +144,15 @@ class LoftqSettings(CompensateSettings):
 
 
 @settings
-class RilqSettings(MergeableSettings):
+class RilqSettings(SizedSettings):
     """Corrections trained together on what the whole model says beside the original."""
 
-    rank: Rank = DEFAULT_RANK
     start: Annotated[
         Literal["auto", "gaussian", "eora", "adapter"],
         limit(
-            description="What corrections begin as: nothing, what `eora` finds with `--match 1`, or"
-            " the model's adapter, whose ranks stay; `auto`: an adapter if there is one, else what"
-            " `eora` finds where it can."
+            description="What corrections begin as: nothing, what `eora` finds, or the model's"
+            " adapter, whose ranks stay; `auto`: an adapter if there is one, else what `eora` finds"
+            " where it can."
         ),
     ] = "auto"
     pooled: Annotated[

@@ -48,12 +48,13 @@ CORRECTIONS = {
     "lq-lora": "lq-lora --no-fisher",
     "lq-lora fisher": "lq-lora",
     "rilq": "rilq",
+    "rilq spread": "rilq --size",
     "lrec": "lrec",
 }
 AS_RANK = "as-rank-"  # stands for as many bytes as that rank takes in all linears
 DATA_FREE = {"--no-weighted", "--no-fisher"}
 RANKS = (16, 64)
-RANKS_OF = {"rilq": (4, 16, 64), "lrec": (16,)}
+RANKS_OF = {"rilq": (4, 16, 64), "rilq spread": (4, 16, 64), "lrec": (16,)}
 HEALERS = ("lora", "last-k", "lisa", "full")
 DISTILL = {"": "none", " distilled": "logits"}
 
@@ -66,9 +67,6 @@ def ways(tokens: int) -> dict[str, tuple[str, list[str]]]:
             amount = f"{AS_RANK}{rank}" if given.endswith("--size") else f"--rank {rank}"
             options = f"compensate --method {given} {amount}"
             found[f"{base} + {name} r{rank}"] = base, options.split()
-    for base, rank in product(QUANTIZED, RANKS):
-        begun = f"{base} + eora spread r{rank}"
-        found[f"{begun} + rilq"] = begun, ["compensate", "--method", "rilq"]
     lossy = [base for base in BASES if base not in QUANTIZED]
     for base, method, (suffix, distill) in product(lossy, HEALERS, DISTILL.items()):
         options = f"heal --method {method} --distill {distill} --tokens {tokens}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.reader import Checkpoint
-from compresso.compensate_settings import DEFAULT_RANK, EoraSettings
+from compresso.compensate_settings import DEFAULT_RANK, EoraSettings, SizedSettings
 from compresso.errors import ConfigError
 from compresso.kernels.lowrank import rank_within
 from compresso.models.corrected import CorrectedCheckpoint, is_factor, without_adapter
@@ -158,7 +158,13 @@ def _check_form(source: Checkpoint, settings: EoraSettings, *, within: bool) -> 
             f"corrections cannot be added to the weights that blocks of `{source.path}` share",
             hint="leave out `--merge`: every block stores its own",
         )
-    if settings.size is not None and settings.merge is not False and not (source.packed or within):
+    if not within:
+        check_dense(source, settings)
+
+
+def check_dense(source: Checkpoint, settings: SizedSettings) -> None:
+    """Raises ConfigError if a size is given for corrections that are added to dense weights."""
+    if settings.size is not None and settings.merge is not False and not source.packed:
         raise ConfigError(
             "corrections that are added to dense weights need no bytes, so `size` says nothing",
             hint="pass `--rank`, or `--no-merge` for an adapter",

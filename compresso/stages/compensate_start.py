@@ -1,43 +1,54 @@
-"""Corrections to begin training with: those that `eora` finds."""
+"""What training of corrections begins with: nothing, an adapter, or what `eora` finds."""
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compresso.calibration.following import Following
-from compresso.calibration.walk import enter_blocks, walk_blocks
+from compresso.calibration.walk import walk_blocks
 from compresso.checkpoint.kept import KeptState
 from compresso.checkpoint.reader import Checkpoint
-from compresso.compensate_settings import RilqSettings
+from compresso.checkpoint.writer import WORK, CheckpointWriter
+from compresso.compensate_settings import DEFAULT_RANK, EoraSettings, RilqSettings
 from compresso.errors import ConfigError
+from compresso.models.corrected import without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, track
-from compresso.stages.compensate_forms import Beside, Factors, factors_of
+from compresso.stages.compensate_forms import Factors, factors_of
+from compresso.stages.compensate_plan import added_bytes, check_budget, check_dense, make_plan
+from compresso.stages.compensate_run import EoraRun
 from compresso.stages.compensate_work import Work
-from compresso.stages.pair import Pair
 
 START = "start"
 
+Kind = Literal["gaussian", "eora", "adapter"]
 
-def start_of(source: Checkpoint, settings: RilqSettings) -> Literal["gaussian", "eora", "adapter"]:
-    """What training begins with; if nobody says, an adapter, or what `eora` finds if it can."""
+
+def start_of(source: Checkpoint, settings: RilqSettings) -> Kind:
+    """What training begins with; if nobody says, an adapter, or what `eora` finds if it can.
+
+    source: with its adapter, if it has one.
+    """
     if settings.start != "auto":
         return settings.start
     if source.adapter is not None:
         return "adapter"
+    if settings.size is not None:
+        return "eora"
     return "gaussian" if settings.pooled or _refusal(source) else "eora"
 
 
-def check_start(source: Checkpoint, start: str) -> None:
-    """Raises ConfigError if training cannot begin so.
+def check_start(source: Checkpoint, settings: RilqSettings) -> None:
+    """Raises ConfigError if training cannot begin so, or corrections not be as large as is asked.
 
     With an adapter it can if there is one, and otherwise if there is none; with what `eora` finds,
     if blocks do not share linears, which lack different things in each, and have no corrections
     within, which would be made up for again.
     """
+    start = start_of(source, settings)
     if start == "adapter" and source.adapter is None:
         raise ConfigError(
             f"`{source.path}` has no adapter to begin with", hint="leave out `--start adapter`"
@@ -48,8 +59,22 @@ def check_start(source: Checkpoint, start: str) -> None:
             hint="pass `--start adapter` to go on from it, or compensate the checkpoint that it"
             " was made from",
         )
+    given = "--rank" if settings.rank is not None else "--size"
+    if start == "adapter" and (settings.rank is not None or settings.size is not None):
+        raise ConfigError(
+            f"the adapter of `{source.path}` has its ranks, and keeps them",
+            hint=f"leave out `{given}`, or compensate the checkpoint that it was made from",
+        )
+    if settings.size is not None:
+        check_dense(source, settings)
+        if start == "gaussian":
+            raise ConfigError(
+                "`--size` spreads ranks by what `eora` finds, so training begins with that",
+                hint="leave out `--start gaussian`, or pass `--rank`",
+            )
     if start == "eora" and (reason := _refusal(source)):
-        raise ConfigError(f"blocks of `{source.path}` {reason}", hint="leave out `--start eora`")
+        hint = "pass `--rank`" if settings.size is not None else "leave out `--start eora`"
+        raise ConfigError(f"blocks of `{source.path}` {reason}", hint=hint)
 
 
 def _refusal(source: Checkpoint) -> str:
@@ -60,46 +85,73 @@ def _refusal(source: Checkpoint) -> str:
     return "have corrections of their own, which count already" if structure.rank else ""
 
 
-@torch.no_grad()
-def eora_start(
+def usual_rank(source: Checkpoint, settings: RilqSettings, paths: list[str]) -> int:
+    """The rank of all corrections; where ranks differ, that of one for all that is as large.
+
+    source: with its adapter, if it has one. paths: of the linears to correct, in the checkpoint.
+
+    Raises ConfigError if the size that the settings name is too little for any.
+    """
+    bare = without_adapter(source)
+    costs = [sum(bare.weight_info(f"{path}.weight").shape) * bare.dtype.itemsize for path in paths]
+    if source.adapter is not None:
+        return ceil(source.adapter.nbytes / sum(costs))
+    if settings.size is not None:
+        room = added_bytes(settings.size, source)
+        check_budget(room, costs)
+        return ceil(room / sum(costs))
+    return settings.rank or DEFAULT_RANK
+
+
+def start_factors(
     source: Checkpoint,
     original: Checkpoint,
+    settings: RilqSettings,
     batches: list[Tensor],
-    rank: int,
+    target: CheckpointWriter,
     runtime: Runtime,
-    *,
-    store: KeptState,
-) -> Factors:
-    """What makes up best for all that was lost up to every linear, found block by block.
+) -> Factors | None:
+    """The corrections to begin with, by path in the checkpoint; None for nothing.
 
-    batches: token ids, (B, T) int64 each. store: has it, if an earlier run found it.
-
-    Linears that lack nothing have no correction. The source is as `check_start` wants it.
+    source:  with its adapter, if it has one; as `check_start` wants it.
+    batches: token ids that `eora` reads, (B, T) int64 each.
+    target:  what is written: has what `eora` finds, if an earlier try of this run found it.
     """
+    start = start_of(source, settings)
+    if start == "gaussian":
+        return None
+    if start == "adapter":
+        assert source.adapter is not None
+        return source.adapter.load(source.adapter.paths)
+    store = KeptState(target.partial / WORK)
     if (kept := store.kept(START)) is not None:
         return factors_of(kept[0])
-    pair = Pair.open(source, original, runtime)
-    work, form = Work(pair, weighted=True, match=1.0), Beside(pair.adapter, source)
-    states, theirs = (
-        enter_blocks(
-            adapter,
-            checkpoint,
-            batches,
-            probe=None,
-            budget=runtime.max_memory // 2,
-            spill_dir=store.directory,
-        )
-        for adapter, checkpoint in ((pair.adapter, source), (pair.theirs, original))
-    )
-    following = Following(pair.theirs, original, theirs, pair.blocks, pair.adapter.structure)
-    beside: dict[str, Tensor] = {}
-    blocks = walk_blocks(pair.adapter, source, states)
-    for block in track(blocks, pair.adapter.count, "start: eora"):
-        ranks = {
-            pair.name(block.index, path): min(rank, *pair.shape(block.index, path))
-            for path in pair.paths(block.index)
-        }
+    rank = None if settings.size is not None else settings.rank or DEFAULT_RANK
+    wanted = EoraSettings(rank=rank, size=settings.size, merge=False)
+    found = _eora(source, original, wanted, batches, target, runtime)
+    store.keep(START, found, {})
+    return factors_of(found)
+
+
+@torch.no_grad()
+def _eora(
+    source: Checkpoint,
+    original: Checkpoint,
+    wanted: EoraSettings,
+    batches: list[Tensor],
+    target: CheckpointWriter,
+    runtime: Runtime,
+) -> dict[str, Tensor]:
+    """What `eora` would put beside the source. Linears that lack nothing have no correction."""
+    plan = make_plan(source, original, wanted, runtime)
+    work = Work(plan.pair, weighted=True, match=wanted.matched)
+    run = EoraRun(plan, work, batches, target, runtime)
+    ranks = run.ranks()
+    states, following = run.enter(work)
+    assert following is not None
+    found: dict[str, Tensor] = {}
+    adapter = plan.pair.adapter
+    for block in track(walk_blocks(adapter, source, states), adapter.count, "start: eora"):
         following.follow(block.index, keep=True)
-        beside |= work.correct(block, following, form, ranks).beside
-    store.keep(START, beside, {})
-    return factors_of(beside)
+        found |= work.correct(block, following, plan.forms[block.index], ranks).beside
+    return found

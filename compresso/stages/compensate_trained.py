@@ -24,7 +24,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.compensate_forms import Factors
 from compresso.stages.compensate_pooled import groups_of, write_pooled
-from compresso.stages.compensate_start import check_start, eora_start, start_of
+from compresso.stages.compensate_start import check_start, start_factors, usual_rank
 from compresso.stages.compensate_summary import no_gain, recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_disk import check_disk, disk_left
@@ -129,10 +129,10 @@ class _Work:
         source, settings, text = self.bare, self.step.settings, self.text
         adapter = open_adapter(source, self.runtime, dtype=training_dtype(source, self.runtime))
         paths = self._paths(adapter)
-        kinds = list(self._kinds(paths))
+        rank = usual_rank(self.source, settings, paths)
         shares = self._shares()
         wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
-        options, beside = self._plan(adapter, paths)
+        options, beside = self._plan(adapter, paths, rank)
         check_disk(beside.disk, self.target)
         teacher = open_teacher(
             original,
@@ -144,9 +144,13 @@ class _Work:
             beside=beside,
         )
         report.summary["teacher"] = teacher.place
-        start = self._start(original)  # two models are open block by block: before one is whole
+        # Two models are open block by block: before one is whole.
+        batches = list(text.data.split(text.micro))
+        start = start_factors(self.source, original, settings, batches, self.target, self.runtime)
+        if settings.size is not None and start is not None:
+            paths = list(start)
         with teacher, TrainingModel(adapter, source) as model:
-            parameters = self._corrections(model, kinds, start)
+            parameters = self._corrections(model, paths, rank, start)
             del start
             history = train(
                 model,
@@ -155,7 +159,7 @@ class _Work:
                 text.data,
                 text.heldout,
                 options,
-                store=self._store,
+                store=KeptState(self.target.partial / WORK),
                 title=self.step.method,
             )
             report.earlier = history.earlier
@@ -164,10 +168,6 @@ class _Work:
                 return history, Output(factors=model.low_ranks())
             merge = not source.packed and settings.merge is not False
             return history, of_corrections(model, source, merge=merge)
-
-    @property
-    def _store(self) -> KeptState:
-        return KeptState(self.target.partial / WORK)
 
     def _shares(self) -> Shares:
         """What the parts of the loss count."""
@@ -178,30 +178,13 @@ class _Work:
             hidden=settings.hidden,
         )
 
-    def _start(self, original: Checkpoint) -> Factors | None:
-        """What corrections begin as; None for nothing."""
-        start = start_of(self.source, self.step.settings)
-        if start == "gaussian":
-            return None
-        if start == "adapter":
-            assert self.source.adapter is not None
-            return self.source.adapter.load(self.source.adapter.paths)
-        return eora_start(
-            self.source,
-            original,
-            list(self.text.data.split(self.text.micro)),
-            self.step.settings.rank,
-            self.runtime,
-            store=self._store,
-        )
-
     def _corrections(
-        self, model: TrainingModel, kinds: list[_Kind], start: Factors | None
+        self, model: TrainingModel, paths: list[str], rank: int, start: Factors | None
     ) -> list[nn.Parameter]:
         seed: int = self.step.settings.seed
         parameters: list[nn.Parameter] = []
-        for paths, rank, pooled in kinds:
-            parameters += model.add_low_rank(paths, rank, seed=seed, start=start, pooled=pooled)
+        for kind, own, pooled in self._kinds(paths, rank):
+            parameters += model.add_low_rank(kind, own, seed=seed, start=start, pooled=pooled)
         return parameters
 
     def _paths(self, adapter: ModelAdapter) -> list[str]:
@@ -209,18 +192,8 @@ class _Work:
         held = self.source.adapter
         return own_linears(adapter) if held is None else held.paths
 
-    @property
-    def _rank(self) -> int:
-        """Of every correction; of an adapter, that of one rank for all that is as large."""
-        held = self.source.adapter
-        if held is None:
-            return int(self.step.settings.rank)
-        shapes = [self.bare.weight_info(f"{path}.weight").shape for path in held.paths]
-        return ceil(held.nbytes / self.bare.dtype.itemsize / sum(map(sum, shapes)))
-
-    def _kinds(self, paths: list[str]) -> Iterator[_Kind]:
+    def _kinds(self, paths: list[str], rank: int) -> Iterator[_Kind]:
         """The linears by kind of correction."""
-        rank: int = self.step.settings.rank
         if not self.step.settings.pooled:
             yield paths, rank, None
             return
@@ -229,19 +202,21 @@ class _Work:
             # A rank above the number of sums adds nothing.
             yield [p for p in paths if groups[p] == kind], min(rank, kind.count), kind.size
 
-    def _plan(self, adapter: ModelAdapter, paths: list[str]) -> tuple[TrainOptions, Beside]:
+    def _plan(
+        self, adapter: ModelAdapter, paths: list[str], rank: int
+    ) -> tuple[TrainOptions, Beside]:
         """How to train, and what that takes."""
         settings = self.step.settings
         load = Load(
             sequences=min(self.text.micro, settings.sequences),
             length=self.text.data.shape[1],
-            rank=self._rank,
+            rank=rank,
             packed=False,
         )
         moved = Trained(linears=paths)
         again = decide_checkpointing(adapter, self.bare, moved, load, settings.checkpointing)
         memory = needed(adapter, self.bare, moved, load, again=again)
-        disk = disk_left(self.bare, moved, self._rank, self.target)
+        disk = disk_left(self.bare, moved, rank, self.target)
         options = TrainOptions(
             steps=settings.steps,
             sequences=settings.sequences,
@@ -280,15 +255,19 @@ class _Work:
 
 def _check(source: Checkpoint, settings: RilqSettings) -> None:
     """Raises ConfigError if corrections cannot be stored as the settings ask, or begin so."""
-    if settings.pooled and (settings.merge is False or settings.start in ("eora", "adapter")):
-        given = "--no-merge" if settings.merge is False else f"--start {settings.start}"
+    against = {
+        "--no-merge": settings.merge is False,
+        f"--start {settings.start}": settings.start in ("eora", "adapter"),
+        "--size": settings.size is not None,  # zero points take no bytes more
+    }
+    for given in (option for option, is_given in against.items() if is_given and settings.pooled):
         raise ConfigError(f"`{given}` does not go with `--pooled`", hint=f"leave out `{given}`")
     if settings.pooled and source.adapter is not None:
         raise ConfigError(
             f"`{source.path}` has an adapter, whose corrections do not fit into zero points",
             hint="leave out `--pooled`, or compensate the checkpoint that it was made from",
         )
-    check_start(source, start_of(source, settings))
+    check_start(source, settings)
     if settings.merge and source.packed:
         raise ConfigError(
             f"corrections cannot be added to the packed weights of `{source.path}`",

@@ -154,7 +154,7 @@ def test_it_can_begin_with_what_eora_finds(quantized, tmp_path):
     still = {"steps": 1, "rate": 1e-6}
     plain = trained(source, tmp_path / "plain", **still).report
     begun = trained(source, tmp_path / "begun", start="auto", **still).report
-    eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4, match=1.0)
+    eora = run(source, tmp_path / "eora", samples=13, method="eora", rank=4)
     losses = [report.rows[0]["heldout_loss"] for report in (plain, begun)]
     assert losses[1] != losses[0]  # so few tokens of random text do not say which is lower
     assert begun.summary["ppl_before"] == plain.summary["ppl_before"]  # of the source as it is
@@ -180,7 +180,8 @@ def test_it_goes_on_from_an_adapter_whose_ranks_differ(quantized, kind, tmp_path
     begun = Checkpoint(tmp_path / "eora")
     assert len(set(begun.adapter.ranks.values())) > 1
     given |= {"merge": False} if kind == "dense" else {}
-    report = trained(begun, tmp_path / "out", start="auto", rate=3e-3, **given).report
+    given |= {"rank": None, "start": "auto"}
+    report = trained(begun, tmp_path / "out", rate=3e-3, **given).report
     written, summary = Checkpoint(tmp_path / "out"), report.summary
     first = report.rows[0]["heldout_ppl"]  # with the adapter, and so is the source's
     assert first == pytest.approx(summary["ppl_before"], rel=1e-3)
@@ -194,6 +195,49 @@ def test_it_goes_on_from_an_adapter_whose_ranks_differ(quantized, kind, tmp_path
     before, after = (one.adapter.load(one.adapter.paths) for one in (begun, written))
     kept = [torch.equal(before[path].up, after[path].up) for path in before]
     assert all(kept) if summary["best_step"] == 0 else not any(kept)
+
+
+def test_ranks_are_spread_within_a_size(quantized, tmp_path):
+    source = quantized("llama")
+    sized = {"rank": None, "size": "+6KB", "start": "auto"}
+    report = trained(source, tmp_path / "out", **sized).report
+    run(source, tmp_path / "eora", samples=13, method="eora", size="+6KB")
+    written, eora = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "eora")
+    assert written.adapter.ranks == eora.adapter.ranks
+    assert len(set(written.adapter.ranks.values())) > 1
+    assert report.summary["bytes_added"] == written.adapter.nbytes <= 6000
+    assert same(stored(written), stored(source))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"size": "+5%"}, "give only one of `rank`, `size`"),
+        ({"size": "5%", "rank": None}, "`size` is what to add"),
+        ({"size": "+1B", "rank": None}, r"`size`: 1 B is too little to correct any linear"),
+        ({"size": "+5%", "rank": None, "start": "gaussian"}, "training begins with that"),
+        ({"size": "+5%", "rank": None, "pooled": True}, "`--size` does not go with `--pooled`"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(quantized, given, said, tmp_path, monkeypatch):
+    """Before anything is computed."""
+    for late in ("open_teacher", "start_factors"):
+        monkeypatch.setattr(f"compresso.stages.compensate_trained.{late}", pytest.fail)
+    with pytest.raises(ConfigError, match=said):
+        trained(quantized("llama"), tmp_path / "out", **{"start": "auto"} | given)
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"), [("both kinds", "so `size` says nothing"), ("shared", "share linears")]
+)
+def test_a_size_for_what_it_says_nothing_of_is_refused(structure, said, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "original")
+    source = save(model, STRUCTURES[structure], tmp_path / "source")
+    given = {"original": str(tmp_path / "original"), "start": "auto", "rank": None, "size": "+5%"}
+    with pytest.raises(ConfigError, match=said) as refused:
+        trained(source, tmp_path / "out", **given, merge=None if "both" in structure else False)
+    assert "--rank" in refused.value.hint
 
 
 def test_corrections_within_blocks_are_not_made_up_for_again(tmp_path):
@@ -302,7 +346,7 @@ def test_a_loss_that_is_no_number_ends_with_the_best_state(quantized, tmp_path):
 
 def test_sequences_without_a_next_token_are_refused(quantized, tmp_path, monkeypatch):
     """Before anything is computed."""
-    monkeypatch.setattr("compresso.stages.compensate_trained.eora_start", pytest.fail)
+    monkeypatch.setattr("compresso.stages.compensate_trained.start_factors", pytest.fail)
     with pytest.raises(CheckpointError, match="sequences of 1 token have no next one") as short:
         trained(quantized("llama"), tmp_path / "out", start="eora", length=1)
     assert "--seqlen" in short.value.hint
@@ -338,4 +382,7 @@ def test_what_cannot_be_is_refused(quantized, tmp_path):
             trained(Checkpoint(tmp_path / "first"), tmp_path / "out", start=start)
     with pytest.raises(ConfigError, match="do not fit into zero points"):
         trained(Checkpoint(tmp_path / "first"), tmp_path / "out", start="auto", pooled=True)
+    for amount in ({"rank": 4}, {"rank": None, "size": "+5%"}):
+        with pytest.raises(ConfigError, match="has its ranks, and keeps them"):
+            trained(Checkpoint(tmp_path / "first"), tmp_path / "out", start="auto", **amount)
     assert not (tmp_path / "out").exists()
