@@ -169,7 +169,14 @@ class RilqSettings(SizedSettings):
     ] = 0.0
     steps: Annotated[int, limit(ge=1, description="Steps of the optimizer, at most.")] = 300
     sequences: Annotated[int, limit(ge=1, description="Sequences per step of the optimizer.")] = 8
-    rate: Annotated[float, limit(gt=0, description="Largest learning rate.")] = 1e-3
+    rate: Annotated[
+        float | None,
+        limit(
+            gt=0,
+            description="Largest learning rate; if not given, 0.001 at rank 16, half of that at 64:"
+            " by the root of the rank.",
+        ),
+    ] = None
     warmup: Annotated[
         float, limit(ge=0, lt=1, description="Share of the steps over which the rate rises.")
     ] = 0.05

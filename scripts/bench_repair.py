@@ -108,7 +108,7 @@ def main() -> None:
             made = make(name, start, given, options)
             rows[name] = made | judge(place(options.out, name), original, windows)
             if before:
-                rows[name]["base"] = name.partition(" + ")[0]
+                rows[name]["base"] = before
                 print(line(name, rows), flush=True)
             results.write_text(json.dumps(rows, indent=1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 
 import torch
 from torch import nn
@@ -41,6 +41,9 @@ from compresso.training.model import TrainingModel
 from compresso.training.objectives import MixedObjective, Shares
 from compresso.training.options import History, TrainOptions
 from compresso.training.teacher import Beside, Wanted, open_teacher
+
+# The more ranks add to an output, the further one step moves it. Source: arXiv:2312.03732 (rsLoRA).
+RATE, RATE_RANK = 1e-3, 16
 
 # Linears that get the same kind of correction: its rank, and the inputs that it adds up first.
 _Kind = tuple[list[str], int, int | None]
@@ -221,7 +224,7 @@ class _Work:
             steps=settings.steps,
             sequences=settings.sequences,
             micro=load.sequences,
-            rate=settings.rate,
+            rate=settings.rate or RATE * sqrt(RATE_RANK / rank),
             warmup=ceil(settings.warmup * settings.steps),
             schedule=settings.schedule,
             evaluate_every=settings.evaluate_every,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -195,6 +197,21 @@ def test_it_goes_on_from_an_adapter_whose_ranks_differ(quantized, kind, tmp_path
     before, after = (one.adapter.load(one.adapter.paths) for one in (begun, written))
     kept = [torch.equal(before[path].up, after[path].up) for path in before]
     assert all(kept) if summary["best_step"] == 0 else not any(kept)
+
+
+def test_the_rate_falls_with_the_rank(quantized, tmp_path):
+    rates = {}
+    for name, given in {
+        "2": {"rank": 2},
+        "8": {"rank": 8},
+        "own": {"rank": 8, "rate": 1e-2},
+    }.items():
+        trained(quantized("llama"), tmp_path / name, steps=4, **{"rate": None} | given)
+        with (tmp_path / name / "training.csv").open() as file:
+            rates[name] = max(float(row["rate"] or 0) for row in csv.DictReader(file))
+    assert rates["2"] == pytest.approx(2 * rates["8"])
+    assert rates["8"] == pytest.approx(2**0.5 * 1e-3)
+    assert rates["own"] == pytest.approx(1e-2)
 
 
 def test_ranks_are_spread_within_a_size(quantized, tmp_path):
