@@ -29,7 +29,7 @@ class Load:
     """What is run at once.
 
     rank: of corrections. packed: codes stay codes. processes: that train; on a CPU they share its
-    memory. sharded: they split what is trained.
+    memory. sharded: they split what is trained. instead: what takes less memory, if anything does.
     """
 
     sequences: int
@@ -38,6 +38,7 @@ class Load:
     packed: bool
     processes: int = 1
     sharded: bool = False
+    instead: str = ""
 
 
 def decide_checkpointing(
@@ -107,6 +108,5 @@ def _inner(adapter: ModelAdapter) -> int:
 def _hint(again: bool, load: Load) -> str:
     if not again:
         return "pass `--checkpointing auto`, or `--batch-size 1`"
-    if load.sequences > 1:
-        return "pass `--batch-size 1`, a smaller `--seqlen`, or `--method qlora`"
-    return "pass a smaller `--seqlen`, or `--method qlora` on quantized weights"
+    ways = ["`--batch-size 1`"] if load.sequences > 1 else []
+    return "pass " + ", or ".join([*ways, "a smaller `--seqlen`", *filter(None, [load.instead])])

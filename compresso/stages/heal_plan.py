@@ -68,6 +68,7 @@ def make_plan(
         packed=step.method == "qlora",
         processes=processes.count,
         sharded=processes.sharded,
+        instead="" if step.method == "qlora" else "`--method qlora` on quantized weights",
     )
     options = TrainOptions(
         steps=steps,

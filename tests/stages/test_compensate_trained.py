@@ -13,7 +13,13 @@ from tiny_models import build, tokens
 from compresso import config
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.reader import Checkpoint
-from compresso.errors import CheckpointError, ConfigError, Interrupted, NumericalError
+from compresso.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NumericalError,
+    ResourceError,
+)
 from compresso.models.structure import structure_of
 from compresso.recipe import make_step
 from compresso.run import run_step
@@ -21,7 +27,7 @@ from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
 from compresso.stages.compensate_summary import no_gain
 from compresso.stages.whole_model import own_linears
-from compresso.training import loop
+from compresso.training import loop, processes
 from compresso.training.options import History
 
 RUNTIME = make_runtime(RuntimeSettings(dtype="float32", device="cpu"))
@@ -367,6 +373,13 @@ def test_sequences_without_a_next_token_are_refused(quantized, tmp_path, monkeyp
     with pytest.raises(CheckpointError, match="sequences of 1 token have no next one") as short:
         trained(quantized("llama"), tmp_path / "out", start="eora", length=1)
     assert "--seqlen" in short.value.hint
+
+
+def test_too_little_memory_is_refused(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "free_memory", lambda: 10**5)
+    with pytest.raises(ResourceError, match="are free") as refused:
+        trained(quantized("llama"), tmp_path / "out")
+    assert refused.value.hint == "pass `--batch-size 1`, or a smaller `--seqlen`"
 
 
 def test_what_cannot_be_is_refused(quantized, tmp_path):

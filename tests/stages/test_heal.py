@@ -494,8 +494,9 @@ def test_memory_is_asked_for_before_anything_is_loaded(checkpoints, tmp_path, mo
     monkeypatch.setattr(processes, "free_memory", lambda: whole - 1)
     assert heal_memory.decide_checkpointing(adapter, source, everything, load, "auto")
     monkeypatch.setattr(processes, "free_memory", lambda: 10**6)
-    with pytest.raises(ResourceError, match="are free"):
+    with pytest.raises(ResourceError, match="are free") as error:
         heal(source, tmp_path / "out", "full")
+    assert error.value.hint.endswith("`--seqlen`, or `--method qlora` on quantized weights")
 
 
 def test_running_blocks_again_gives_the_same_model(checkpoints, tmp_path):
