@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from compresso.calibration.opening import open_adapter
 from compresso.checkpoint.reader import Checkpoint
 from compresso.compensate_settings import DEFAULT_RANK, EoraSettings, SizedSettings
 from compresso.errors import ConfigError
-from compresso.kernels.lowrank import rank_within
+from compresso.kernels.lowrank import correction_parameters, rank_within
 from compresso.models.corrected import CorrectedCheckpoint, is_factor, without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, format_bytes, parse_bytes
@@ -101,7 +101,8 @@ def _plan_within(
     shapes, stored = _shapes(pair, blocks), _shapes(pair, corrected)
     rank = settings.rank or DEFAULT_RANK
     if settings.size is not None:
-        rank = _common_rank(source, stored, budget, settings)
+        freed = sum(source.info(name).nbytes for name in source.names() if is_factor(name))
+        rank = common_rank(stored.values(), budget + freed, source)  # those it has are replaced
     prefix, held = pair.adapter.blocks_prefix, rank if corrected else 0
     view = CorrectedCheckpoint(source, prefix=prefix, rank=held, corrected=corrected)
     pair = replace(pair, source=view, adapter=open_adapter(view, runtime))
@@ -171,19 +172,17 @@ def check_dense(source: Checkpoint, settings: SizedSettings) -> None:
         )
 
 
-def _common_rank(
-    source: Checkpoint,
-    shapes: Shapes,
-    budget: int,
-    settings: EoraSettings,
-) -> int:
-    """The highest rank of all corrections within the budget. Those it has are replaced."""
-    freed = sum(source.info(name).nbytes for name in source.names() if is_factor(name))
-    rank = rank_within(shapes.values(), parameters=(budget + freed) // source.dtype.itemsize)
+def common_rank(shapes: Collection[tuple[int, int]], budget: int, source: Checkpoint) -> int:
+    """The highest rank that corrections of all these linears can have within a budget, in bytes.
+
+    Raises ConfigError if not even rank 1 fits.
+    """
+    itemsize = source.dtype.itemsize
+    rank = rank_within(shapes, parameters=budget // itemsize)
     if not rank:
-        least = sum(rows + columns for rows, columns in shapes.values()) * source.dtype.itemsize
+        count, least = len(shapes), correction_parameters(shapes, rank=1) * itemsize
         raise ConfigError(
-            f"`size`: {settings.size} is too little for corrections of {len(shapes)} linears",
-            hint=f"rank 1 takes {format_bytes(least - freed)}",
+            f"`size`: {format_bytes(budget)} is too little for corrections of {count} linears",
+            hint=f"rank 1 takes {format_bytes(least)}",
         )
     return rank

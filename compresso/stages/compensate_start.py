@@ -18,7 +18,13 @@ from compresso.models.corrected import without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, track
 from compresso.stages.compensate_forms import Factors, factors_of
-from compresso.stages.compensate_plan import added_bytes, check_budget, check_dense, make_plan
+from compresso.stages.compensate_plan import (
+    added_bytes,
+    check_budget,
+    check_dense,
+    common_rank,
+    make_plan,
+)
 from compresso.stages.compensate_run import EoraRun
 from compresso.stages.compensate_work import Work
 
@@ -36,8 +42,6 @@ def start_of(source: Checkpoint, settings: RilqSettings) -> Kind:
         return settings.start
     if source.adapter is not None:
         return "adapter"
-    if settings.size is not None:
-        return "eora"
     return "gaussian" if settings.pooled or _refusal(source) else "eora"
 
 
@@ -65,16 +69,9 @@ def check_start(source: Checkpoint, settings: RilqSettings) -> None:
             f"the adapter of `{source.path}` has its ranks, and keeps them",
             hint=f"leave out `{given}`, or compensate the checkpoint that it was made from",
         )
-    if settings.size is not None:
-        check_dense(source, settings)
-        if start == "gaussian":
-            raise ConfigError(
-                "`--size` spreads ranks by what `eora` finds, so training begins with that",
-                hint="leave out `--start gaussian`, or pass `--rank`",
-            )
+    check_dense(source, settings)
     if start == "eora" and (reason := _refusal(source)):
-        hint = "pass `--rank`" if settings.size is not None else "leave out `--start eora`"
-        raise ConfigError(f"blocks of `{source.path}` {reason}", hint=hint)
+        raise ConfigError(f"blocks of `{source.path}` {reason}", hint="leave out `--start eora`")
 
 
 def _refusal(source: Checkpoint) -> str:
@@ -90,17 +87,20 @@ def usual_rank(source: Checkpoint, settings: RilqSettings, paths: list[str]) -> 
 
     source: with its adapter, if it has one. paths: of the linears to correct, in the checkpoint.
 
-    Raises ConfigError if the size that the settings name is too little for any.
+    Raises ConfigError if the size that the settings name is too little.
     """
     bare = without_adapter(source)
-    costs = [sum(bare.weight_info(f"{path}.weight").shape) * bare.dtype.itemsize for path in paths]
+    shapes = [bare.weight_info(f"{path}.weight").shape for path in paths]
+    costs = [sum(shape) * bare.dtype.itemsize for shape in shapes]
     if source.adapter is not None:
         return ceil(source.adapter.nbytes / sum(costs))
-    if settings.size is not None:
-        room = added_bytes(settings.size, source)
-        check_budget(room, costs)
-        return ceil(room / sum(costs))
-    return settings.rank or DEFAULT_RANK
+    if settings.size is None:
+        return settings.rank or DEFAULT_RANK
+    room = added_bytes(settings.size, source)
+    if start_of(source, settings) == "gaussian":
+        return common_rank([(rows, columns) for rows, columns in shapes], room, bare)
+    check_budget(room, costs)
+    return ceil(room / sum(costs))
 
 
 def start_factors(

@@ -151,7 +151,7 @@ class _Work:
         batches = list(text.data.split(text.micro))
         start = start_factors(self.source, original, settings, batches, self.target, self.runtime)
         if settings.size is not None and start is not None:
-            paths = list(start)
+            paths = list(start)  # of rank 0 are the others
         with teacher, TrainingModel(adapter, source) as model:
             parameters = self._corrections(model, paths, rank, start)
             del start

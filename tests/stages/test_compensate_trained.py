@@ -238,7 +238,7 @@ def test_ranks_are_spread_within_a_size(quantized, tmp_path):
         ({"size": "+5%"}, "give only one of `rank`, `size`"),
         ({"size": "5%", "rank": None}, "`size` is what to add"),
         ({"size": "+1B", "rank": None}, r"`size`: 1 B is too little to correct any linear"),
-        ({"size": "+5%", "rank": None, "start": "gaussian"}, "training begins with that"),
+        ({"size": "+1B", "rank": None, "start": "gaussian"}, r"too little for corrections of \d"),
         ({"size": "+5%", "rank": None, "pooled": True}, "`--size` does not go with `--pooled`"),
     ],
 )
@@ -250,16 +250,21 @@ def test_a_size_that_cannot_be_is_refused(quantized, given, said, tmp_path, monk
         trained(quantized("llama"), tmp_path / "out", **{"start": "auto"} | given)
 
 
-@pytest.mark.parametrize(
-    ("structure", "said"), [("both kinds", "so `size` says nothing"), ("shared", "share linears")]
-)
-def test_a_size_for_what_it_says_nothing_of_is_refused(structure, said, tmp_path):
+@pytest.mark.parametrize("structure", ["shared", "both kinds"])
+def test_a_size_from_nothing_is_of_one_rank(structure, tmp_path):
+    """So it is where blocks share linears, too, of which `eora` is to say nothing."""
     model = build("llama")
     model.save_pretrained(tmp_path / "original")
     source = save(model, STRUCTURES[structure], tmp_path / "source")
-    given = {"original": str(tmp_path / "original"), "start": "auto", "rank": None, "size": "+5%"}
-    with pytest.raises(ConfigError, match=said) as refused:
-        trained(source, tmp_path / "out", **given, merge=None if "both" in structure else False)
+    given = {"original": str(tmp_path / "original"), "rank": None, "size": "+60KB"}
+    start = "auto" if structure == "shared" else "gaussian"
+    trained(source, tmp_path / "out", **given, start=start, merge=False)
+    adapter = Checkpoint(tmp_path / "out").adapter
+    assert len(set(adapter.ranks.values())) == 1
+    one = adapter.nbytes // adapter.ranks[adapter.paths[0]]
+    assert 60_000 - one < adapter.nbytes <= 60_000
+    with pytest.raises(ConfigError, match="so `size` says nothing") as refused:
+        trained(source, tmp_path / "merged", **given)
     assert "--rank" in refused.value.hint
 
 
