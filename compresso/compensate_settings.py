@@ -43,8 +43,8 @@ class CompensateSettings:
 
 
 @settings
-class MergeableSettings(CompensateSettings):
-    """Corrections that can be added to the weights."""
+class SizedSettings(CompensateSettings):
+    """Corrections of one rank or of ranks within a size, which can be added to the weights."""
 
     merge: Annotated[
         bool | None,
@@ -53,25 +53,21 @@ class MergeableSettings(CompensateSettings):
             " them. Done where the weights are dense, if not given."
         ),
     ] = None
-
-
-@settings
-class SizedSettings(MergeableSettings):
-    """Corrections of one rank, or of ranks that are spread within a budget."""
-
     rank: Annotated[
         int | None,
         limit(
             ge=1,
             description=f"Rank of every correction; {DEFAULT_RANK} if not given, nor a size; `eora`"
-            " takes all in a model that was only pruned, where it adds no bytes.",
+            " takes all in a model that was only pruned, where it adds no bytes. An adapter that"
+            " training goes on from keeps its own.",
         ),
     ] = None
     size: Annotated[
         str | None,
         limit(
             description="Bytes to add, such as `+2MB`, or `+5%` of what is stored; ranks are"
-            " higher where they help more, but alike where blocks share weights."
+            " higher where they help more, but alike where blocks share weights or begin as"
+            " nothing. Not for what is merged, which takes no bytes."
         ),
     ] = None
 
@@ -173,8 +169,8 @@ class RilqSettings(SizedSettings):
         float | None,
         limit(
             gt=0,
-            description="Largest learning rate; if not given, 0.001 at rank 16, half of that at 64:"
-            " by the root of the rank.",
+            description="Largest learning rate; if not given, 0.001 at a mean rank of 16, half of"
+            " that at 64: by the root.",
         ),
     ] = None
     warmup: Annotated[

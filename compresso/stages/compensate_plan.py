@@ -11,7 +11,7 @@ from compresso.checkpoint.reader import Checkpoint
 from compresso.compensate_settings import DEFAULT_RANK, EoraSettings, SizedSettings
 from compresso.errors import ConfigError
 from compresso.kernels.lowrank import correction_parameters, rank_within
-from compresso.models.corrected import CorrectedCheckpoint, is_factor, without_adapter
+from compresso.models.corrected import BIAS, CorrectedCheckpoint, is_factor, without_adapter
 from compresso.models.structure import structure_of
 from compresso.runtime import Runtime, format_bytes, parse_bytes
 from compresso.stages.compensate_forms import Beside, Form, Merged, Within
@@ -102,7 +102,11 @@ def _plan_within(
     rank = settings.rank or DEFAULT_RANK
     if settings.size is not None:
         freed = sum(source.info(name).nbytes for name in source.names() if is_factor(name))
-        rank = common_rank(stored.values(), budget + freed, source)  # those it has are replaced
+        one = CorrectedCheckpoint(
+            source, prefix=pair.adapter.blocks_prefix, rank=1, corrected=corrected
+        )
+        biases = sum(one.info(name).nbytes for name in one.names() if name.endswith(f".{BIAS}"))
+        rank = common_rank(stored.values(), budget, source, freed=freed - biases)
     prefix, held = pair.adapter.blocks_prefix, rank if corrected else 0
     view = CorrectedCheckpoint(source, prefix=prefix, rank=held, corrected=corrected)
     pair = replace(pair, source=view, adapter=open_adapter(view, runtime))
@@ -172,15 +176,19 @@ def check_dense(source: Checkpoint, settings: SizedSettings) -> None:
         )
 
 
-def common_rank(shapes: Collection[tuple[int, int]], budget: int, source: Checkpoint) -> int:
-    """The highest rank that corrections of all these linears can have within a budget, in bytes.
+def common_rank(
+    shapes: Collection[tuple[int, int]], budget: int, source: Checkpoint, *, freed: int = 0
+) -> int:
+    """The highest rank that corrections of all these linears can have within a budget.
+
+    budget: bytes. freed: by what they replace, besides.
 
     Raises ConfigError if not even rank 1 fits.
     """
     itemsize = source.dtype.itemsize
-    rank = rank_within(shapes, parameters=budget // itemsize)
+    rank = rank_within(shapes, parameters=(budget + freed) // itemsize)
     if not rank:
-        count, least = len(shapes), correction_parameters(shapes, rank=1) * itemsize
+        count, least = len(shapes), correction_parameters(shapes, rank=1) * itemsize - freed
         raise ConfigError(
             f"`size`: {format_bytes(budget)} is too little for corrections of {count} linears",
             hint=f"rank 1 takes {format_bytes(least)}",

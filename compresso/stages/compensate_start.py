@@ -82,25 +82,27 @@ def _refusal(source: Checkpoint) -> str:
     return "have corrections of their own, which count already" if structure.rank else ""
 
 
-def usual_rank(source: Checkpoint, settings: RilqSettings, paths: list[str]) -> int:
-    """The rank of all corrections; where ranks differ, that of one for all that is as large.
+def most_ranks(source: Checkpoint, settings: RilqSettings, paths: list[str]) -> int:
+    """The rank of all corrections; where ranks differ, of one for all that is as large, rounded up.
 
     source: with its adapter, if it has one. paths: of the linears to correct, in the checkpoint.
 
     Raises ConfigError if the size that the settings name is too little.
     """
-    bare = without_adapter(source)
-    shapes = [bare.weight_info(f"{path}.weight").shape for path in paths]
-    costs = [sum(shape) * bare.dtype.itemsize for shape in shapes]
-    if source.adapter is not None:
-        return ceil(source.adapter.nbytes / sum(costs))
-    if settings.size is None:
-        return settings.rank or DEFAULT_RANK
-    room = added_bytes(settings.size, source)
-    if start_of(source, settings) == "gaussian":
-        return common_rank([(rows, columns) for rows, columns in shapes], room, bare)
-    check_budget(room, costs)
-    return ceil(room / sum(costs))
+    bare, held = without_adapter(source), source.adapter
+    shapes = {path: bare.weight_info(f"{path}.weight").shape for path in paths}
+    ones = {path: sum(shape) for path, shape in shapes.items()}
+    if held is not None:
+        return ceil(sum(held.ranks[path] * one for path, one in ones.items()) / sum(ones.values()))
+    rank = settings.rank or DEFAULT_RANK
+    if settings.size is not None:
+        room = added_bytes(settings.size, source)
+        if start_of(source, settings) == "gaussian":
+            rank = common_rank([(rows, columns) for rows, columns in shapes.values()], room, bare)
+        else:
+            check_budget(room, (one * bare.dtype.itemsize for one in ones.values()))
+            rank = ceil(room / bare.dtype.itemsize / sum(ones.values()))
+    return min(rank, max(min(shape) for shape in shapes.values()))  # higher ones add nothing
 
 
 def start_factors(
@@ -126,8 +128,7 @@ def start_factors(
     store = KeptState(target.partial / WORK)
     if (kept := store.kept(START)) is not None:
         return factors_of(kept[0])
-    rank = None if settings.size is not None else settings.rank or DEFAULT_RANK
-    wanted = EoraSettings(rank=rank, size=settings.size, merge=False)
+    wanted = EoraSettings(rank=settings.rank, size=settings.size, merge=False)
     found = _eora(source, original, wanted, batches, target, runtime)
     store.keep(START, found, {})
     return factors_of(found)

@@ -16,7 +16,11 @@ def told(
 ) -> dict[str, Any]:
     """What training came to."""
     steps = len([row for row in history.rows if row["step"]])
-    return {
+    found: dict[str, Any] = {}
+    if ranks := model.ranks().values():
+        found |= {"linears": len(ranks), "least_rank": min(ranks), "most_rank": max(ranks)}
+    return found | {
+        "rate": options.rate,
         "trained_parameters": model.trained_parameters(),
         "steps": steps,
         "tokens_seen": history.tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -24,7 +24,7 @@ from compresso.report import Report
 from compresso.runtime import Runtime
 from compresso.stages.compensate_forms import Factors
 from compresso.stages.compensate_pooled import groups_of, write_pooled
-from compresso.stages.compensate_start import check_start, start_factors, usual_rank
+from compresso.stages.compensate_start import check_start, most_ranks, start_factors
 from compresso.stages.compensate_summary import no_gain, recovered, sizes, told
 from compresso.stages.heal_choice import Trained
 from compresso.stages.heal_disk import check_disk, disk_left
@@ -60,13 +60,15 @@ def rilq(
 
     What is made small is the squared difference of the states that the head reads and the
     divergence of the scores (`rilq`), or that divergence alone (`lrec`). A share of the sequences
-    is held out: the corrections with the least held-out loss are what is written. A restarted run
+    is held out: the corrections with the least held-out loss are what is written. They begin as the
+    settings say (see `start_of`), and with a size their ranks are those of `eora`. A restarted run
     goes on from the last state that was kept.
 
     Reports a row per measurement of held-out text: `step`, `tokens` seen, `heldout_loss` and its
-    parts, `heldout_ppl`. The summary holds the perplexity of the original, of the source and of
-    what is written on the held-out sequences, and the share of the lost log-perplexity that came
-    back. Training ended by these sequences, so other text may gain a little less.
+    parts, `heldout_ppl`. The summary holds the ranks and the rate, the perplexity of the original,
+    of the source and of what is written on the held-out sequences, and the share of the lost
+    log-perplexity that came back. Training ended by these sequences, so other text may gain a
+    little less.
 
     Peak memory: the whole model, the corrections five times in float32, and what the sequences run
     at once leave behind in all blocks; the original one block at a time, unless it is resident. At
@@ -132,11 +134,11 @@ class _Work:
         source, settings, text = self.bare, self.step.settings, self.text
         adapter = open_adapter(source, self.runtime, dtype=training_dtype(source, self.runtime))
         paths = self._paths(adapter)
-        rank = usual_rank(self.source, settings, paths)
+        rank = most_ranks(self.source, settings, paths)
         shares = self._shares()
         wanted = Wanted(hidden=bool(shares.hidden), scores=bool(shares.divergence))
-        options, beside = self._plan(adapter, paths, rank)
-        check_disk(beside.disk, self.target)
+        load, again, beside = self._plan(adapter, paths, rank)
+        check_disk(beside.disk, self.target, instead="a smaller `--rank` or `--size`")
         teacher = open_teacher(
             original,
             torch.cat((text.data, text.heldout)),
@@ -151,10 +153,11 @@ class _Work:
         batches = list(text.data.split(text.micro))
         start = start_factors(self.source, original, settings, batches, self.target, self.runtime)
         if settings.size is not None and start is not None:
-            paths = list(start)  # of rank 0 are the others
+            paths = [path for path in paths if path in start]  # of rank 0 are the others
         with teacher, TrainingModel(adapter, source) as model:
             parameters = self._corrections(model, paths, rank, start)
             del start
+            options = self._options(load, again, parameters)
             history = train(
                 model,
                 parameters,
@@ -207,24 +210,29 @@ class _Work:
 
     def _plan(
         self, adapter: ModelAdapter, paths: list[str], rank: int
-    ) -> tuple[TrainOptions, Beside]:
-        """How to train, and what that takes."""
-        settings = self.step.settings
+    ) -> tuple[Load, bool, Beside]:
+        """What is run at once, whether blocks are run again on the way back, and what it takes."""
         load = Load(
-            sequences=min(self.text.micro, settings.sequences),
+            sequences=min(self.text.micro, self.step.settings.sequences),
             length=self.text.data.shape[1],
             rank=rank,
             packed=False,
         )
         moved = Trained(linears=paths)
-        again = decide_checkpointing(adapter, self.bare, moved, load, settings.checkpointing)
+        asked = self.step.settings.checkpointing
+        again = decide_checkpointing(adapter, self.bare, moved, load, asked)
         memory = needed(adapter, self.bare, moved, load, again=again)
         disk = disk_left(self.bare, moved, rank, self.target)
-        options = TrainOptions(
+        return load, again, Beside(memory, disk)
+
+    def _options(self, load: Load, again: bool, parameters: Sequence[nn.Parameter]) -> TrainOptions:
+        """How to train these factors, `down` and `up` of every correction."""
+        settings = self.step.settings
+        return TrainOptions(
             steps=settings.steps,
             sequences=settings.sequences,
             micro=load.sequences,
-            rate=settings.rate or RATE * sqrt(RATE_RANK / rank),
+            rate=settings.rate or RATE * sqrt(RATE_RANK / mean_rank(parameters)),
             warmup=ceil(settings.warmup * settings.steps),
             schedule=settings.schedule,
             evaluate_every=settings.evaluate_every,
@@ -232,7 +240,6 @@ class _Work:
             seed=settings.seed,
             checkpointing=again,
         )
-        return options, Beside(memory, disk)
 
     def _measure(self, checkpoint: Checkpoint, what: str) -> tuple[float, Fingerprint]:
         """Perplexity of the held-out sequences, and the probe."""
@@ -254,6 +261,14 @@ class _Work:
             title=f"{self.step.name} of {self.source.path.name}",
             draws=wants_plot(self.step.settings.plot),
         )
+
+
+def mean_rank(parameters: Sequence[nn.Parameter]) -> float:
+    """Of corrections, weighed by what a rank of each takes; from `down` and `up` of each."""
+    ones = [
+        len(up) + down.shape[1] for down, up in zip(parameters[::2], parameters[1::2], strict=True)
+    ]
+    return sum(one.numel() for one in parameters) / sum(ones)
 
 
 def _check(source: Checkpoint, settings: RilqSettings) -> None:

@@ -94,7 +94,7 @@ class _Work:
         directory = self.target.partial / WORK
         disk = disk_left(source, moved, getattr(step.settings, "rank", 0), self.target)
         if processes.first:
-            check_disk(disk, self.target)
+            check_disk(disk, self.target, instead="a method that trains less, such as `lora`")
         model = TrainingModel(plan.adapter, plan.source, packed=plan.packed)
         beside = Beside(plan.memory, disk)
         teaching = open_objective(
@@ -202,7 +202,6 @@ class _Work:
         found = told(history, model, options, len(self.text.data))
         report.summary |= found
         report.summary |= {
-            "rate": options.rate,
             "blocks_run_again": options.checkpointing,
             "compiled": options.compile,
         }

@@ -35,12 +35,15 @@ def disk_left(
     return max(0, max(2 * state, state + result) - held)
 
 
-def check_disk(needed: int, target: CheckpointWriter) -> None:
-    """Raises ResourceError, naming what is needed, if the disk of `target` lacks that."""
+def check_disk(needed: int, target: CheckpointWriter, *, instead: str) -> None:
+    """Raises ResourceError, naming what is needed, if the disk of `target` lacks that.
+
+    instead: what takes less.
+    """
     free = shutil.disk_usage(target.partial).free
     if needed > free:
         raise ResourceError(
             f"training and what comes of it take about {format_bytes(needed)} on the disk, but"
             f" `{target.partial}` has {format_bytes(free)} free",
-            hint="choose another disk with `-o`, or a method that trains less, such as `lora`",
+            hint=f"choose another disk with `-o`, or {instead}",
         )

@@ -115,6 +115,10 @@ class TrainingModel:
             found += [low_rank.down, low_rank.up]
         return found
 
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the corrections, by path in the checkpoint."""
+        return {path: len(found.down) for path, found in self._paths.items()}
+
     def low_ranks(self) -> dict[str, LowRank]:
         """The corrections as they are now, by path in the checkpoint; pooled ones as they are."""
         return {path: found.low_rank() for path, found in self._paths.items()}

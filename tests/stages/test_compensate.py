@@ -356,6 +356,29 @@ def test_a_size_for_blocks_that_share(home, model, tmp_path):
     assert (rank + 1) * per_rank > 0.05 * base.stored_bytes
 
 
+def test_a_size_counts_what_is_replaced_and_biases(home, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    model = saved(home, "qwen2", **sizes)
+    folded = run(home, model, tmp_path / "folded", "fold", "foldgpt", blocks=1, rank=2)
+    base = Checkpoint(folded.path)
+    found = run(home, base.path, tmp_path / "out", "compensate", "eora", size="+20KB")
+    assert any(name.endswith("correction_up.bias") for name in found.names())
+    assert structure_of(found.config).rank > structure_of(base.config).rank
+    exact = found.stored_bytes - base.stored_bytes
+    assert exact <= 20_000
+    for bytes_added, less in ((exact, 0), (exact - 2, 1)):
+        again = run(
+            home, base.path, tmp_path / f"{less}", "compensate", "eora", size=f"+{bytes_added}B"
+        )
+        assert structure_of(again.config).rank == structure_of(found.config).rank - less
+    packed = quantized(home, base.path, tmp_path / "packed", bits=2)
+    with pytest.raises(ConfigError, match="`size`: 1 B is too little") as refused:
+        run(home, packed, tmp_path / "none", "compensate", "eora", size="+1B")
+    least = refused.value.hint.removeprefix("rank 1 takes ").replace(" ", "")
+    more = run(home, packed, tmp_path / "least", "compensate", "eora", size=f"+{least}")
+    assert structure_of(more.config).rank == 1
+
+
 @pytest.mark.parametrize(
     ("where", "values"),
     [

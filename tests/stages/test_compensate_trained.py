@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from compresso.run import run_step
 from compresso.runtime import make_runtime
 from compresso.settings import CalibrationSettings, RuntimeSettings
 from compresso.stages.compensate_summary import no_gain
+from compresso.stages.compensate_trained import mean_rank
 from compresso.stages.whole_model import own_linears
 from compresso.training import loop, processes
 from compresso.training.options import History
@@ -39,6 +41,7 @@ FAST = {
     "rank": 4,
     "start": "gaussian",
 }
+SPREAD = {"rank": None, "size": "+6KB", "start": "auto"}
 
 
 def run(source, target, stage="compensate", runtime=RUNTIME, samples=16, length=24, **values):
@@ -220,14 +223,23 @@ def test_the_rate_falls_with_the_rank(quantized, tmp_path):
     assert rates["own"] == pytest.approx(1e-2)
 
 
+def test_ranks_that_differ_count_by_what_they_take():
+    shapes = [(2, 6), (4, 2), (8, 10), (2, 8)]  # `down` and `up` of ranks 2 and 8
+    factors = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    assert mean_rank(factors[:2]) == 2
+    assert mean_rank(factors) == (2 * 10 + 8 * 12) / 22
+
+
 def test_ranks_are_spread_within_a_size(quantized, tmp_path):
     source = quantized("llama")
-    sized = {"rank": None, "size": "+6KB", "start": "auto"}
-    report = trained(source, tmp_path / "out", **sized).report
+    report = trained(source, tmp_path / "out", **SPREAD).report
     run(source, tmp_path / "eora", samples=13, method="eora", size="+6KB")
     written, eora = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "eora")
     assert written.adapter.ranks == eora.adapter.ranks
-    assert len(set(written.adapter.ranks.values())) > 1
+    ranks = written.adapter.ranks.values()
+    assert 1 < len(set(ranks)) <= len(ranks) < len(own_linears(open_adapter(source, RUNTIME)))
+    told = [report.summary[key] for key in ("linears", "least_rank", "most_rank")]
+    assert told == [len(ranks), min(ranks), max(ranks)]
     assert report.summary["bytes_added"] == written.adapter.nbytes <= 6000
     assert same(stored(written), stored(source))
 
@@ -342,9 +354,12 @@ def test_the_teacher_s_place_changes_nothing_but_rounding(quantized, tmp_path):
             assert value == pytest.approx(other[name], rel=1e-2), name
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_last_state(quantized, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start", [{}, SPREAD])
+def test_a_run_that_was_stopped_goes_on_from_its_last_state(
+    quantized, start, tmp_path, monkeypatch
+):
     source = quantized("llama")
-    trained(source, tmp_path / "whole")
+    trained(source, tmp_path / "whole", **start)
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
     steps = []
     step = loop._Training._step
@@ -357,9 +372,25 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_state(quantized, tmp_path,
 
     monkeypatch.setattr(loop._Training, "_step", stopped)
     with pytest.raises(Interrupted):
-        trained(source, tmp_path / "out")
-    trained(source, tmp_path / "out")
+        trained(source, tmp_path / "out", **start)
+    trained(source, tmp_path / "out", **start)
     assert steps == [*range(14), *range(13, 20)]
+    found, expected = (Checkpoint(tmp_path / name).adapter for name in ("out", "whole"))
+    assert found.key == expected.key
+
+
+@pytest.mark.parametrize("where", ["choose_ranks", "Work.correct"])
+def test_a_run_that_was_stopped_before_training_ends_the_same(
+    quantized, where, tmp_path, monkeypatch
+):
+    source = quantized("llama")
+    trained(source, tmp_path / "whole", **SPREAD)
+    with monkeypatch.context() as patch:
+        stop = Mock(side_effect=KeyboardInterrupt)
+        patch.setattr(f"compresso.stages.compensate_run.{where}", stop)
+        with pytest.raises(Interrupted):
+            trained(source, tmp_path / "out", **SPREAD)
+    trained(source, tmp_path / "out", **SPREAD)
     found, expected = (Checkpoint(tmp_path / name).adapter for name in ("out", "whole"))
     assert found.key == expected.key
 
